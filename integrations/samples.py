@@ -1,0 +1,463 @@
+"""What the readers of data formats share: samples, faults of the data, and choosing images.
+
+Coordinates are continuous pixels everywhere: a box covers ``[x1, x2) x [y1, y2)``, and the whole
+image is ``[0, width) x [0, height)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+VOID = 255
+"""The mask value of pixels that belong to no class: left out of training and of the metric."""
+
+Faulty = Literal["skip", "refuse"]
+
+
+class DataError(ValueError):
+    """A fault of the user's data or of what was asked of it, with the remedy in the message."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault that a reader found.
+
+    Attributes:
+        file: the annotation file, image or mask that is at fault.
+        index: position of the object (or of the image entry) in that file, from 0; None where
+            the whole file is meant.
+        reason: the kind of fault, the same words for the same kind, so that faults can be counted.
+        value: what was found.
+    """
+
+    file: Path
+    index: int | None
+    reason: str
+    value: object = None
+
+    def __str__(self) -> str:
+        place = f"{self.file}" if self.index is None else f"{self.file}, entry {self.index}"
+        return f"{place}: {self.reason}" + ("" if self.value is None else f" ({self.value})")
+
+
+def report_faults(faults: Sequence[Fault], shown: int = 5) -> str:
+    """The faults counted by reason, followed by the first ``shown`` of them; one a line."""
+    counts = Counter(fault.reason for fault in faults)
+    lines = [f"{len(faults)} faults: " + ", ".join(f"{n} x {why}" for why, n in counts.items())]
+    lines += [f"  {fault}" for fault in faults[:shown]]
+    if len(faults) > shown:
+        lines.append(f"  and {len(faults) - shown} more")
+    return "\n".join(lines)
+
+
+@dataclass
+class DetectionSample:
+    """One image with its objects.
+
+    Attributes:
+        image: ``(H, W, 3)`` uint8, RGB.
+        boxes: ``(N, 4)`` float32, XYXY in pixels.
+        labels: ``(N,)`` int64 in ``[0, K)``.
+        ignored: ``(N,)`` bool: crowds and VOC's difficult objects, to be left out of training;
+            the metric counts them neither as found nor as missed.
+        image_id: the id of the image in :meth:`DetectionData.ground_truth`.
+    """
+
+    image: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    ignored: NDArray[np.bool_]
+    image_id: int
+
+
+@dataclass
+class SegmentationSample:
+    """One image with its mask.
+
+    Attributes:
+        image: ``(H, W, 3)`` uint8, RGB.
+        mask: ``(H, W)`` uint8, class indices in ``[0, K)`` or 255 for void.
+        image_id: the id of the image in its data set.
+        name: the name of the image in its data set.
+    """
+
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    image_id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of a data set: its id and name there, where it lies, and its size in pixels."""
+
+    id: int
+    name: str
+    path: Path
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of one image.
+
+    Attributes:
+        boxes: ``(N, 4)`` float64, XYWH as in the file, so that the metric sees the same numbers.
+        labels: ``(N,)`` int64 in ``[0, K)``.
+        areas: ``(N,)`` float64, px^2.
+        crowd: ``(N,)`` bool.
+        difficult: ``(N,)`` bool.
+    """
+
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+    difficult: NDArray[np.bool_]
+
+
+class _Record(Protocol):
+    @property
+    def image(self) -> ImageFile: ...
+
+
+RecordT = TypeVar("RecordT", bound=_Record)
+SampleT = TypeVar("SampleT")
+
+
+class ImageData(Generic[RecordT, SampleT]):
+    """Images with annotations, read from disk one by one: ``len(data)``, ``data[i]``.
+
+    Attributes:
+        classes: names of the classes; the label or mask value ``i`` means ``classes[i]``.
+        faults: what was found to be wrong in the files that were read.
+    """
+
+    def __init__(
+        self, records: list[RecordT], classes: list[str], faults: list[Fault], faulty: Faulty
+    ) -> None:
+        if faulty not in ("skip", "refuse"):
+            raise DataError(f"faulty={faulty!r} is neither 'skip' nor 'refuse'")
+        if faults and faulty == "refuse":
+            raise DataError(
+                f"{report_faults(faults)}\ncorrect these files, or read them with faulty='skip'"
+            )
+        if not records:
+            raise DataError(
+                "no usable image is left" + (f": {report_faults(faults)}" if faults else "")
+            )
+        self._records = records
+        self.classes = classes
+        self.faults = faults
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> SampleT:
+        raise NotImplementedError
+
+    @property
+    def images(self) -> list[ImageFile]:
+        """The image files, in order."""
+        return [record.image for record in self._records]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the images, in order."""
+        return [record.image.name for record in self._records]
+
+    def select(self: DataT, indices: Iterable[int]) -> DataT:
+        """The same data restricted to the images at ``indices``, in that order."""
+        selected = copy.copy(self)
+        selected._records = [self._records[index] for index in indices]
+        return selected
+
+
+DataT = TypeVar("DataT", bound=ImageData[Any, Any])
+
+
+@dataclass(frozen=True)
+class DetectionRecord:
+    image: ImageFile
+    objects: Objects
+
+
+class DetectionData(ImageData[DetectionRecord, DetectionSample]):
+    """Images with boxes.
+
+    Attributes:
+        category_ids: the data set's own id of each label, for predictions that go back to it.
+    """
+
+    category_ids: list[int]
+
+    def __getitem__(self, index: int) -> DetectionSample:
+        record = self._records[index]
+        objects = record.objects
+        boxes = objects.boxes.copy()
+        boxes[:, 2:] += boxes[:, :2]
+        return DetectionSample(
+            image=read_image(record.image.path),
+            boxes=boxes.astype(np.float32),
+            labels=objects.labels.copy(),
+            ignored=objects.crowd | objects.difficult,
+            image_id=record.image.id,
+        )
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The selected images and their usable objects as the content of a COCO annotation file.
+
+        Boxes are XYWH. Objects that were skipped as faulty are absent, and clipped boxes are
+        clipped. ``difficult: 1``, where an object is difficult, is no key of COCO: the metrics of
+        this package honour it, others count the object like any other.
+        """
+        annotations: list[dict[str, Any]] = []
+        for record in self._records:
+            objects = record.objects
+            for box, label, area, crowd, difficult in zip(
+                objects.boxes.tolist(),
+                objects.labels.tolist(),
+                objects.areas.tolist(),
+                objects.crowd.tolist(),
+                objects.difficult.tolist(),
+                strict=True,
+            ):
+                annotation = {
+                    "id": len(annotations) + 1,  # pycocotools takes the id 0 for "unmatched"
+                    "image_id": record.image.id,
+                    "category_id": self.category_ids[label],
+                    "bbox": box,
+                    "area": area,
+                    "iscrowd": int(crowd),
+                }
+                if difficult:
+                    annotation["difficult"] = 1
+                annotations.append(annotation)
+        return {
+            "images": [
+                {"id": i.id, "file_name": i.name, "width": i.width, "height": i.height}
+                for i in self.images
+            ],
+            "annotations": annotations,
+            "categories": [
+                {"id": category, "name": name}
+                for category, name in zip(self.category_ids, self.classes, strict=True)
+            ],
+        }
+
+
+def subset(data: DataT, number: int, seed: int) -> DataT:
+    """At most ``number`` images chosen by ``seed``, in the order they had.
+
+    A smaller subset of the same seed is a part of a larger one.
+    """
+    if number < 1:
+        raise DataError(f"a subset of {number} images was asked for; take at least 1")
+    return data.select(sorted(_shuffled(len(data), seed)[:number]))
+
+
+def split(data: DataT, fraction: float, seed: int) -> tuple[DataT, DataT]:
+    """A training and a validation part; ``fraction`` of the images (at least one) validate.
+
+    Both parts keep the order of the images; equal seeds give equal parts.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"the validation fraction {fraction} is not between 0 and 1")
+    if len(data) < 2:
+        raise DataError("a single image cannot be split into training and validation")
+    number = min(max(1, round(fraction * len(data))), len(data) - 1)
+    order = _shuffled(len(data), seed)
+    return data.select(sorted(order[number:])), data.select(sorted(order[:number]))
+
+
+def select_listed(data: DataT, file: Path) -> DataT:
+    """The images named in a text file, one name a line, with or without extension.
+
+    The data keeps its own order. Empty lines are skipped.
+
+    Raises:
+        DataError: the file cannot be read, or names an image that the data does not have.
+    """
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"{file}: the list of images cannot be read ({error.strerror})") from error
+    positions: dict[str, int] = {}
+    for index, name in enumerate(data.names):
+        positions[name] = index
+        positions.setdefault(str(Path(name).with_suffix("")), index)
+    chosen = set()
+    for number, line in enumerate(lines, start=1):
+        if not (name := line.strip()):
+            continue
+        if name not in positions:
+            raise DataError(
+                f"{file}, line {number}: no usable image is called {name!r}"
+                + did_you_mean(name, positions)
+            )
+        chosen.add(positions[name])
+    return data.select(sorted(chosen))
+
+
+def choose_classes(known: Sequence[str], wanted: Sequence[str] | None, file: Path) -> list[int]:
+    """Positions in ``known`` of the ``wanted`` classes, in the order wanted; None wants all."""
+    if wanted is None:
+        return list(range(len(known)))
+    if not wanted:
+        raise DataError("the list of classes is empty; name some, or leave it out to have all")
+    if repeated := [name for name, n in Counter(wanted).items() if n > 1]:
+        raise DataError(f"the class {repeated[0]!r} is listed twice")
+    for name in wanted:
+        if name not in known:
+            raise DataError(f"{file}: there is no class {name!r}{did_you_mean(name, known)}")
+    return [known.index(name) for name in wanted]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known names, or what there is."""
+    names = [str(candidate) for candidate in known]
+    lower = {candidate.lower(): candidate for candidate in names}
+    near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3)]
+    if near:
+        return f"; did you mean {', '.join(map(repr, near))}?"
+    return f"; there are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+
+
+def check_box(
+    box: tuple[float, float, float, float], width: int, height: int
+) -> tuple[tuple[float, float, float, float] | None, str | None]:
+    """Judge one XYXY box against its image.
+
+    Returns:
+        The box clipped to the image, or None where nothing usable is left; and the reason of the
+        fault, or None. Up to one pixel beyond the border is rounding of the annotation tool:
+        clipped, and no fault.
+    """
+    x1, y1, x2, y2 = box
+    if not np.isfinite(box).all():
+        return None, "box is not finite"
+    # judged as the float32 that training will see
+    if not (np.float32(x1) < np.float32(x2) and np.float32(y1) < np.float32(y2)):
+        return None, "box has no area"
+    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    if not (np.float32(clipped[0]) < np.float32(clipped[2])) or not (
+        np.float32(clipped[1]) < np.float32(clipped[3])
+    ):
+        return None, "box is outside the image"
+    excess = max(abs(a - b) for a, b in zip(box, clipped, strict=True))
+    return clipped, "box is partly outside the image, clipped" if excess > 1 else None
+
+
+_END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+
+
+def image_size(file: Path, faults: list[Fault]) -> tuple[int, int] | None:
+    """Width and height of a usable image; None, and a fault more, for any other.
+
+    Decoding every image at the start of each run would take minutes on a large data set. Read are
+    the header and the end of the file; only where the end mark of its format is missing the image
+    is decoded, to tell a truncated file. Damage in the middle shows in :func:`read_image`.
+    """
+    try:
+        with file.open("rb") as stream:
+            with Image.open(stream) as image:
+                size, image_format = image.size, image.format or ""
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - 4096))
+            complete = _END_MARKS.get(image_format, b"") in stream.read()
+        if not complete:
+            read_image(file)
+    except FileNotFoundError:
+        faults.append(Fault(file, None, "image is missing"))
+    except (OSError, SyntaxError, DataError) as error:
+        faults.append(Fault(file, None, "image is broken", error))
+    else:
+        return size
+    return None
+
+
+def read_image(file: Path) -> NDArray[np.uint8]:
+    """An image as ``(H, W, 3)`` uint8 RGB; grey, palette and transparent ones are converted.
+
+    The orientation tag of EXIF is not applied, as in the official tools of COCO and VOC.
+
+    Raises:
+        DataError: the image cannot be decoded, or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":
+                raise DataError(f"{file}: has more than 8 bits a channel; convert it to 8 bits")
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{file}: cannot be decoded ({error}); replace or remove it") from error
+
+
+def to_results(
+    image_id: int,
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    category_ids: Sequence[int],
+) -> list[dict[str, Any]]:
+    """The predictions for one image as entries of a COCO results file.
+
+    Args:
+        image_id: the image's id.
+        boxes: ``(N, 4)``, XYXY in pixels of the original image.
+        scores: ``(N,)``.
+        labels: ``(N,)``, in ``[0, K)``.
+        category_ids: the original id of each of the K labels.
+    """
+    results = []
+    for (x1, y1, x2, y2), score, label in zip(
+        boxes.tolist(), scores.tolist(), labels.tolist(), strict=True
+    ):
+        if not 0 <= label < len(category_ids):
+            raise ValueError(f"label {label} is outside [0, {len(category_ids)})")
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": category_ids[label],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
+        )
+    return results
+
+
+def usable_results(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], notes: list[str]
+) -> list[dict[str, Any]]:
+    """The predictions that a metric can judge; what is left out is said in ``notes``."""
+    usable = list(results)
+    for key, section in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in ground_truth[section]}
+        unknown = [result[key] for result in usable if result[key] not in known]
+        if unknown:
+            some = ", ".join(str(value) for value in list(dict.fromkeys(unknown))[:5])
+            notes.append(
+                f"{len(unknown)} predictions were left out: their {key} ({some}) is not in the "
+                "ground truth."
+            )
+            usable = [result for result in usable if result[key] in known]
+    if not usable:
+        notes.append("There is no prediction to judge.")
+    return usable
+
+
+def _shuffled(number: int, seed: int) -> list[int]:
+    order: list[int] = np.random.default_rng(seed).permutation(number).tolist()
+    return order
