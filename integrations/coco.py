@@ -6,17 +6,16 @@ import contextlib
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools import mask as rle  # type: ignore[import-untyped]
+from pycocotools.coco import COCO  # type: ignore[import-untyped]
+from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
 
 from detseg_losses.integrations.samples import (
     VOID,
@@ -29,6 +28,7 @@ from detseg_losses.integrations.samples import (
     ImageFile,
     Objects,
     SegmentationSample,
+    category_names,
     check_box,
     choose_classes,
     image_size,
@@ -216,7 +216,7 @@ def _read(
 ) -> tuple[list[str], list[int], list[tuple[ImageFile, list[ItemT]]]]:
     """Class names, category ids, and the usable images with what ``parse`` made of the objects."""
     content = load_annotations(file)
-    by_id = _category_names(content["categories"])
+    by_id = category_names(content["categories"])
     known_ids = sorted(by_id)
     known_names = [by_id[i] for i in known_ids]
     chosen = choose_classes(known_names, classes, file)
@@ -258,16 +258,7 @@ def _read(
     return [known_names[i] for i in chosen], category_ids, usable
 
 
-def _category_names(categories: list[dict[str, Any]]) -> dict[int, str]:
-    """Names by id; a name that several ids bear (Roboflow writes such files) gets its id added."""
-    counts = Counter(category["name"] for category in categories)
-    return {
-        c["id"]: c["name"] if counts[c["name"]] == 1 else f"{c['name']}#{c['id']}"
-        for c in categories
-    }
-
-
-def _are_numbers(values: object, length: int | None = None) -> bool:
+def _are_numbers(values: object, length: int | None = None) -> TypeGuard[list[float]]:
     return (
         isinstance(values, list)
         and (length is None or len(values) == length)
@@ -395,7 +386,7 @@ def _load_json(file: Path) -> Any:
 _NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-class _Evaluation(COCOeval):  # type: ignore[misc]
+class _Evaluation(COCOeval):
     """Ignores difficult objects as COCOeval ignores crowds, but matches them by plain IoU."""
 
     def _prepare(self) -> None:
@@ -430,7 +421,7 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
     }
     # precision: (thresholds, recalls, classes, areas, detections); -1 where there is no object
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    names = _category_names(ground_truth["categories"])
+    names = category_names(ground_truth["categories"])
     metrics["per_class"] = {
         names[category]: _defined(precision[:, :, k].mean())
         for k, category in enumerate(evaluation.params.catIds)

@@ -438,6 +438,15 @@ def to_results(
     return results
 
 
+def category_names(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """Names by id; a name that several ids bear (Roboflow writes such files) gets its id added."""
+    counts = Counter(category["name"] for category in categories)
+    return {
+        c["id"]: c["name"] if counts[c["name"]] == 1 else f"{c['name']}#{c['id']}"
+        for c in categories
+    }
+
+
 def usable_results(
     ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], notes: list[str]
 ) -> list[dict[str, Any]]:
