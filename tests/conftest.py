@@ -1,0 +1,21 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# the tools are scripts, which find each other through the directory they lie in
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The directory of real data (coco128, VOCdevkit, bccd, camvid) named by DETSEG_DATA."""
+    root = os.environ.get("DETSEG_DATA")
+    if not root:
+        pytest.skip("DETSEG_DATA does not name a directory of real data")
+    return Path(root)

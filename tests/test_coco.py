@@ -1,0 +1,609 @@
+"""The COCO readers on hand-made and real files, and the metric against pycocotools itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detseg_losses.integrations.coco import (
+    CocoDetection,
+    CocoSegmentation,
+    coco_metrics,
+    coco_splits,
+    find_coco,
+    load_annotations,
+    load_results,
+    to_results,
+)
+from detseg_losses.integrations.samples import (
+    DataError,
+    report_faults,
+    select_listed,
+    split,
+    subset,
+)
+
+NUMBERS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+NUMBERS += ["AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+Json = dict[str, Any]
+
+
+def rectangle(x: float, y: float, w: float, h: float) -> list[list[float]]:
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def entry(image: int, category: int, box: list[float], **more: Any) -> Json:
+    x, y, w, h = box
+    polygon = rectangle(x, y, w, h)
+    whole = {"image_id": image, "category_id": category, "bbox": box, "area": w * h}
+    return {**whole, "iscrowd": 0, "segmentation": polygon, **more}
+
+
+def tiny() -> Json:
+    """Four images of 40 x 30 pixels; two categories whose ids have a gap and are not sorted."""
+    crowd = rle.encode(np.asfortranarray(np.pad(np.ones((10, 10), np.uint8), ((20, 0), (30, 0)))))
+    counts = [20 + 30 * 30]
+    for _ in range(9):
+        counts += [10, 20]
+    counts += [10]
+    assert rle.area(crowd) == sum(counts[1::2]) == 100
+    return {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in (11, 7, 9, 4)
+        ],
+        "categories": [{"id": 90, "name": "dog"}, {"id": 3, "name": "car"}],
+        "annotations": [
+            entry(7, 90, [1, 2, 10, 5]),
+            entry(7, 3, [0, 0, 20, 20]),
+            entry(
+                7, 3, [30, 20, 10, 10], iscrowd=1, segmentation={"size": [30, 40], "counts": counts}
+            ),
+            entry(11, 3, [5, 5, 8, 8]),
+            entry(9, 90, [4, 6, 10, 10]),
+        ],
+    }
+
+
+def write(root: Path, content: Json) -> tuple[Path, Path]:
+    images = root / "images"
+    images.mkdir(exist_ok=True)
+    for index, image in enumerate(content["images"]):
+        picture = np.random.default_rng(index).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(images / image["file_name"])
+    file = root / "instances.json"
+    file.write_text(json.dumps(content))
+    return file, images
+
+
+def test_detection_sample(tmp_path: Path) -> None:
+    data = CocoDetection(*write(tmp_path, tiny()))
+    assert len(data) == 4
+    assert data.names == ["11.png", "7.png", "9.png", "4.png"]
+    assert data.classes == ["car", "dog"]
+    assert data.category_ids == [3, 90]
+    assert data.faults == []
+    sample = data[1]
+    assert sample.image_id == 7
+    expected = np.random.default_rng(1).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(sample.image, expected)
+    np.testing.assert_array_equal(sample.boxes, [[1, 2, 11, 7], [0, 0, 20, 20], [30, 20, 40, 30]])
+    np.testing.assert_array_equal(sample.labels, [1, 0, 0])
+    np.testing.assert_array_equal(sample.ignored, [False, False, True])
+    assert sample.boxes.dtype == np.float32
+    assert sample.labels.dtype == np.int64
+    assert data[3].boxes.shape == (0, 4)
+
+
+def test_ground_truth_is_the_file(tmp_path: Path) -> None:
+    content = tiny()
+    content["annotations"][0]["area"] = 17.5  # a mask's area, not the box's
+    truth = CocoDetection(*write(tmp_path, content)).ground_truth()
+    assert truth["images"] == content["images"]
+    assert truth["categories"] == sorted(content["categories"], key=lambda c: c["id"])
+
+    def facts(annotations: list[Json]) -> list[tuple[Any, ...]]:
+        keys = ("image_id", "category_id", "bbox", "area", "iscrowd")
+        return sorted(tuple(a[key] for key in keys) for a in annotations)
+
+    assert facts(truth["annotations"]) == facts(content["annotations"])
+    assert min(a["id"] for a in truth["annotations"]) == 1
+
+
+def test_classes_select_images_and_order_labels(tmp_path: Path) -> None:
+    place = write(tmp_path, tiny())
+    dogs = CocoDetection(*place, classes=["dog"])
+    assert dogs.names == ["7.png", "9.png"]
+    assert dogs.category_ids == [90]
+    np.testing.assert_array_equal(dogs[0].labels, [0])
+    assert {a["category_id"] for a in dogs.ground_truth()["annotations"]} == {90}
+    assert CocoDetection(*place, classes=["dog", "car"]).category_ids == [90, 3]
+    with pytest.raises(DataError, match="no class 'Dogs'; did you mean 'dog'"):
+        CocoDetection(*place, classes=["Dogs"])
+    with pytest.raises(DataError, match="'dog' is listed twice"):
+        CocoDetection(*place, classes=["dog", "dog"])
+    with pytest.raises(DataError, match="empty"):
+        CocoDetection(*place, classes=[])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "kept"),
+    [
+        ({"bbox": [3, 3, 0, 5]}, "box has no area", False),
+        ({"bbox": [3, 3, 4, -1]}, "box has no area", False),
+        ({"bbox": [50, 3, 4, 4]}, "box is outside the image", False),
+        ({"bbox": [35, 25, 10, 10]}, "box is partly outside the image, clipped", True),
+        ({"bbox": [3, 3, float("nan"), 5]}, "box is not finite", False),
+        ({"bbox": [3, 3, 4]}, "bbox is not four numbers", False),
+        ({"category_id": 4}, "category id is not among the file's categories", False),
+        ({"image_id": 99}, "image id is not among the file's images", False),
+    ],
+)
+def test_faulty_annotation(tmp_path: Path, change: Json, reason: str, kept: bool) -> None:
+    content = tiny()
+    content["annotations"].insert(2, {**entry(9, 3, [3, 3, 5, 5]), **change})
+    place = write(tmp_path, content)
+    data = CocoDetection(*place)
+    (fault,) = data.faults
+    assert (fault.file, fault.index, fault.reason) == (place[0], 2, reason)
+    assert f"{place[0]}, entry 2: {reason}" in report_faults(data.faults)
+    assert f"1 x {reason}" in report_faults(data.faults)
+    assert len(data[2].boxes) == 1 + kept
+    with pytest.raises(DataError, match="entry 2: "):
+        CocoDetection(*place, faulty="refuse")
+
+
+def test_boxes_are_clipped_and_rounding_is_no_fault(tmp_path: Path) -> None:
+    content = tiny()
+    content["annotations"] = [
+        entry(9, 3, [-5, 20, 15, 20], area=77.0),
+        entry(9, 3, [30.5, 0, 10, 30.4]),
+    ]
+    data = CocoDetection(*write(tmp_path, content))
+    assert [fault.index for fault in data.faults] == [0]
+    np.testing.assert_array_equal(data[2].boxes, [[0, 20, 10, 30], [30.5, 0, 40, 30]])
+    assert [a["bbox"] for a in data.ground_truth()["annotations"]] == [
+        [0, 20, 10, 10],
+        [30.5, 0, 9.5, 30],
+    ]
+    assert data.ground_truth()["annotations"][0]["area"] == 77.0
+
+
+def save_grey16(file: Path) -> None:
+    Image.fromarray(np.zeros((30, 40), np.uint16)).save(file)
+
+
+@pytest.mark.parametrize("reader", [CocoDetection, CocoSegmentation])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (Path.unlink, "image is missing"),
+        (lambda f: f.write_text("this is no image"), "image is broken"),
+        (lambda f: f.write_bytes(b""), "image is broken"),
+        (lambda f: f.write_bytes(f.read_bytes()[:2000]), "image is broken"),
+        (lambda f: Image.new("RGB", (41, 30)).save(f), "image is not of the size that"),
+    ],
+    ids=["missing", "text", "empty", "truncated", "size"],
+)
+def test_faulty_image(
+    tmp_path: Path, reader: Any, damage: Callable[[Path], object], reason: str
+) -> None:
+    file, images = write(tmp_path, tiny())
+    damage(images / "9.png")
+    data = reader(file, images)
+    (fault,) = data.faults
+    assert fault.reason.startswith(reason)
+    assert "9.png" in str(fault)
+    assert data.names == ["11.png", "7.png", "4.png"]
+    with pytest.raises(DataError, match=r"9\.png"):
+        reader(file, images, faulty="refuse")
+
+
+def test_truncated_jpeg_is_found_and_trailing_bytes_are_fine(tmp_path: Path) -> None:
+    content = tiny()
+    for image in content["images"]:
+        image["file_name"] = f"{image['id']}.jpg"
+    file, images = write(tmp_path, content)
+    whole = (images / "9.jpg").read_bytes()
+    (images / "9.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    (images / "7.jpg").write_bytes((images / "7.jpg").read_bytes() + b"\0" * 16)
+    data = CocoDetection(file, images)
+    assert [fault.reason for fault in data.faults] == ["image is broken"]
+    assert data.names == ["11.jpg", "7.jpg", "4.jpg"]
+
+
+def test_damage_inside_an_image_is_named_when_it_is_read(tmp_path: Path) -> None:
+    file, images = write(tmp_path, tiny())
+    data = CocoDetection(file, images)
+    content = bytearray((images / "9.png").read_bytes())
+    content[200:260] = bytes(60)
+    (images / "9.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"9\.png: cannot be decoded"):
+        data[2]
+    save_grey16(images / "9.png")
+    with pytest.raises(DataError, match=r"9\.png: has more than 8 bits"):
+        data[2]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])
+def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    file, images = write(tmp_path, tiny())
+    picture = Image.open(images / "9.png").convert(mode)
+    picture.save(images / "9.png")
+    image = CocoDetection(file, images)[2].image
+    assert image.shape == (30, 40, 3)
+    np.testing.assert_array_equal(image, np.array(picture.convert("RGB")))
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+    file, images = write(tmp_path, tiny())
+    for image in images.iterdir():
+        image.unlink()
+    with pytest.raises(DataError, match="no usable image is left: 4 faults: 4 x image is missing"):
+        CocoDetection(file, images)
+
+
+def test_faulty_must_be_skip_or_refuse(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'refues'"):
+        CocoDetection(*write(tmp_path, tiny()), faulty="refues")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "is a list, as results files are"),
+        ('{"images": []}', "no list of categories"),
+        ('{"images": [{"id": 1}]}', r"images\[0\] has file_name = None; make it a string"),
+        ('{"images": [{"id": "a"}]}', r"images\[0\] has id = 'a'; make it an integer"),
+        ('{"images": [3]}', r"images\[0\] is 3 and not an object"),
+        (
+            '{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+            r"categories\[1\] repeats the id 1",
+        ),
+    ],
+)
+def test_wrong_annotation_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "wrong.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=rf"wrong\.json: .*{message}"):
+        load_annotations(file)
+    with pytest.raises(DataError, match=r"absent\.json: cannot be read"):
+        load_annotations(tmp_path / "absent.json")
+
+
+def test_repeated_category_names_are_told_apart(tmp_path: Path) -> None:
+    content = tiny()
+    content["categories"].append({"id": 91, "name": "dog"})
+    data = CocoDetection(*write(tmp_path, content))
+    assert data.classes == ["car", "dog#90", "dog#91"]
+    assert len(coco_metrics(content, [])["per_class"]) == 3
+
+
+def test_masks_show_the_smaller_instance_and_crowds_as_void(tmp_path: Path) -> None:
+    content = tiny()
+    content["annotations"].append(entry(7, 90, [35, 25, 5, 5]))  # in the crowd
+    content["annotations"].reverse()  # the order in the file must not matter
+    data = CocoSegmentation(*write(tmp_path, content))
+    assert data.classes == ["background", "car", "dog"]
+    expected = np.zeros((30, 40), np.uint8)
+    expected[:20, :20] = 1
+    expected[2:7, 1:11] = 2
+    expected[20:, 30:] = 255
+    expected[25:, 35:] = 2
+    sample = data[1]
+    assert (sample.name, sample.image_id) == ("7.png", 7)
+    np.testing.assert_array_equal(sample.mask, expected)
+    assert sample.mask.dtype == np.uint8
+    assert not data[3].mask.any()
+
+    cars = CocoSegmentation(*write(tmp_path, content), classes=["car"])
+    assert cars.names == ["11.png", "7.png"]
+    expected[expected == 2] = 0
+    expected[:20, :20] = 1
+    expected[20:, 30:] = 255
+    np.testing.assert_array_equal(cars[1].mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ([], "object has no segmentation"),
+        ([[1, 2, 3, 4]], "polygon is not a list of three or more points x, y"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "polygon is not a list of three or more points x, y"),
+        ({"size": [40, 30], "counts": [1200]}, "RLE is not of the image's size"),
+    ],
+)
+def test_faulty_segmentation(tmp_path: Path, segmentation: Any, reason: str) -> None:
+    content = tiny()
+    content["annotations"][3]["segmentation"] = segmentation
+    data = CocoSegmentation(*write(tmp_path, content))
+    assert [(fault.index, fault.reason) for fault in data.faults] == [(3, reason)]
+    assert not data[0].mask.any()
+
+
+def test_find_coco_knows_the_usual_layouts(tmp_path: Path) -> None:
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    for name in ("train2017", "val2017", "minival"):
+        (annotations / f"instances_{name}.json").touch()
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "images" / "val2017").mkdir(parents=True)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "_annotations.coco.json").touch()
+    train = (annotations / "instances_train2017.json", tmp_path / "train2017")
+    assert find_coco(tmp_path, "train2017") == train
+    assert find_coco(tmp_path, "train") == train
+    assert find_coco(tmp_path, "val")[1] == tmp_path / "images" / "val2017"
+    assert find_coco(tmp_path, "minival")[1] == tmp_path / "images"
+    assert find_coco(tmp_path, "test")[1] == tmp_path / "test"
+    assert coco_splits(tmp_path) == ["minival", "test", "train2017", "val2017"]
+    with pytest.raises(DataError, match="splits found: minival, test, train2017, val2017"):
+        find_coco(tmp_path, "valid")
+    (tmp_path / "images" / "val2017").rmdir()
+    (tmp_path / "images").rmdir()
+    with pytest.raises(DataError, match="none of these directories exists"):
+        find_coco(tmp_path, "val2017")
+    (annotations / "instances_train2014.json").touch()
+    with pytest.raises(DataError, match="splits found"):
+        find_coco(tmp_path, "train")
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> CocoDetection:
+    content = {
+        "images": [
+            {"id": i, "file_name": f"part/{i:03d}.png", "width": 8, "height": 8} for i in range(50)
+        ],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [],
+    }
+    (tmp_path / "part").mkdir()
+    for image in content["images"]:
+        Image.new("RGB", (8, 8)).save(tmp_path / image["file_name"])
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(content))
+    return CocoDetection(file, tmp_path)
+
+
+def test_subset_and_split(many: CocoDetection) -> None:
+    ten, twenty = subset(many, 10, seed=3), subset(many, 20, seed=3)
+    assert isinstance(ten, CocoDetection)
+    assert len(ten) == 10
+    assert ten.names == sorted(ten.names)
+    assert set(ten.names) < set(twenty.names)
+    assert ten.names == subset(many, 10, seed=3).names != subset(many, 10, seed=4).names
+    assert len(ten.ground_truth()["images"]) == 10
+    assert len(subset(many, 1000, seed=0)) == 50
+    train, val = split(many, 0.2, seed=1)
+    assert (len(train), len(val)) == (40, 10)
+    assert sorted(train.names + val.names) == many.names
+    assert val.names == sorted(val.names) == split(many, 0.2, seed=1)[1].names
+    assert len(split(ten.select([0, 1]), 0.01, seed=0)[1]) == 1
+    assert len(split(ten.select([0, 1]), 0.99, seed=0)[0]) == 1
+    for fraction in (0.0, 1.0):
+        with pytest.raises(DataError, match="not between 0 and 1"):
+            split(many, fraction, seed=0)
+    with pytest.raises(DataError, match="single image"):
+        split(many.select([0]), 0.5, seed=0)
+    with pytest.raises(DataError, match="subset of 0 images"):
+        subset(many, 0, seed=0)
+
+
+def test_select_listed(many: CocoDetection, tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text("part/007.png\n\npart/003\n")
+    assert select_listed(many, file).names == ["part/003.png", "part/007.png"]
+    file.write_text("part/003\npart/99\n")
+    with pytest.raises(DataError, match=r"list\.txt, line 2: no usable image is called 'part/99'"):
+        select_listed(many, file)
+    with pytest.raises(DataError, match=r"absent\.txt"):
+        select_listed(many, tmp_path / "absent.txt")
+
+
+def by_pycocotools(truth: Json, results: list[Json], folder: Path) -> COCOeval:
+    """The official way: files on disk, no code of ours."""
+    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "results.json").write_text(json.dumps(results))
+    coco = COCO(str(folder / "truth.json"))
+    evaluation = COCOeval(coco, coco.loadRes(str(folder / "results.json")), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
+
+
+def imperfect(truth: Json, seed: int) -> list[Json]:
+    """Predictions with shifted boxes, wrong classes, misses, duplicates and inventions."""
+    random = np.random.default_rng(seed)
+    categories = [category["id"] for category in truth["categories"]]
+    results = []
+    for annotation in truth["annotations"]:
+        for _ in range(random.integers(0, 3)):
+            box = np.array(annotation["bbox"], float)
+            box[:2] += random.normal(0, 0.1, 2) * box[2:]
+            box[2:] *= np.exp(random.normal(0, 0.15, 2))
+            wrong = random.random() < 0.1
+            results.append(
+                {
+                    "image_id": annotation["image_id"],
+                    "category_id": random.choice(categories).item()
+                    if wrong
+                    else annotation["category_id"],
+                    "bbox": box.tolist(),
+                    "score": random.random(),
+                }
+            )
+    return results
+
+
+def real(data_root: Path) -> tuple[Path, Path]:
+    return find_coco(data_root / "coco128", "train")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_metrics_equal_pycocotools(data_root: Path, tmp_path: Path, seed: int) -> None:
+    truth = load_annotations(real(data_root)[0])
+    results = imperfect(truth, seed)
+    before = copy.deepcopy((truth, results))
+    metrics = coco_metrics(truth, results)
+    assert (truth, results) == before
+    expected = by_pycocotools(truth, results, tmp_path)
+    assert 0.2 < expected.stats[0] < 0.9
+    assert [metrics[name] for name in NUMBERS] == expected.stats.tolist()
+    precision = expected.eval["precision"][..., 0, 2]
+    for k, category in enumerate(sorted(truth["categories"], key=lambda c: c["id"])):
+        mine = metrics["per_class"][category["name"]]
+        valid = precision[:, :, k][precision[:, :, k] > -1]
+        assert mine == (pytest.approx(valid.mean(), abs=1e-12) if valid.size else None)
+    json.dumps(metrics, allow_nan=False)
+    # and through the reader, which goes by way of XYXY, labels and selections
+    assert coco_metrics(CocoDetection(*real(data_root)).ground_truth(), results) == metrics
+
+
+def test_real_data(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = load_annotations(real(data_root)[0])
+    data = CocoDetection(*real(data_root), faulty="refuse")
+    truth = data.ground_truth()
+    assert len(data) == 128
+    assert len(data.classes) == 80
+    assert data.category_ids[-1] == 90
+    assert len(truth["annotations"]) == 939
+    assert sum(a["iscrowd"] for a in truth["annotations"]) == 10
+    assert len({a["category_id"] for a in truth["annotations"]}) == 71
+    raw = {i["id"]: [] for i in content["images"]}
+    for a in content["annotations"]:
+        raw[a["image_id"]].append(a)
+    results = []
+    for sample in data:
+        height, width = sample.image.shape[:2]
+        assert (sample.boxes >= 0).all()
+        assert (sample.boxes <= [width, height, width, height]).all()
+        back = to_results(
+            sample.image_id,
+            torch.from_numpy(sample.boxes),
+            torch.ones(len(sample.boxes)),
+            torch.from_numpy(sample.labels),
+            data.category_ids,
+        )
+        expected = raw[sample.image_id]
+        assert [r["category_id"] for r in back] == [a["category_id"] for a in expected]
+        for result, annotation in zip(back, expected, strict=True):
+            assert result["bbox"] == pytest.approx(annotation["bbox"], abs=1e-4)
+        results += [r for r, crowd in zip(back, sample.ignored, strict=True) if not crowd]
+    empty = {sample_id for sample_id, annotations in raw.items() if not annotations}
+    assert empty == {250, 508}
+    metrics = coco_metrics(truth, results)
+    assert metrics["AP"] == pytest.approx(1)
+    assert sum(value is None for value in metrics["per_class"].values()) == 9
+    assert capsys.readouterr().out == ""
+
+
+def test_real_masks(data_root: Path) -> None:
+    file, images = real(data_root)
+    data = CocoSegmentation(file, images, faulty="refuse")
+    coco = COCO(str(file))
+    label = {category: index for index, category in enumerate(sorted(coco.cats), start=1)}
+    for index in range(0, len(data), 4):
+        sample = data[index]
+        height, width = sample.mask.shape
+        # per pixel the smallest instance that covers it; a crowd counts as larger than any
+        smallest = np.full((height, width), np.inf)
+        expected = np.zeros((height, width), np.uint8)
+        for annotation in coco.imgToAnns[sample.image_id]:
+            covered = coco.annToMask(annotation).astype(bool)
+            size = 1e12 if annotation["iscrowd"] else covered.sum()
+            wins = covered & (size < smallest)
+            smallest[wins] = size
+            expected[wins] = 255 if annotation["iscrowd"] else label[annotation["category_id"]]
+        np.testing.assert_array_equal(sample.mask, expected)
+
+
+def test_what_cannot_be_computed_says_why() -> None:
+    truth = tiny()
+    perfect = [
+        {key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for a in truth["annotations"]
+        if not a["iscrowd"]
+    ]
+    metrics = coco_metrics(truth, perfect)
+    assert metrics["AP"] == metrics["APs"] == metrics["per_class"]["dog"] == pytest.approx(1)
+    assert metrics["APm"] is metrics["ARl"] is None
+    assert any("no medium object" in note for note in metrics["notes"])
+
+    nothing = coco_metrics(truth, [])
+    assert nothing["AP"] == 0
+    assert any("no prediction" in note for note in nothing["notes"])
+
+    stray = [{**perfect[0], "category_id": 2}, {**perfect[0], "image_id": 1}]
+    metrics = coco_metrics(truth, perfect + stray)
+    assert metrics["AP"] == pytest.approx(1)
+    assert any("category_id (2)" in note for note in metrics["notes"])
+    assert any("image_id (1)" in note for note in metrics["notes"])
+
+    truth["categories"].append({"id": 5, "name": "cat"})
+    metrics = coco_metrics(truth, perfect)
+    assert metrics["AP"] == pytest.approx(1)
+    assert metrics["per_class"]["cat"] is None
+    assert any("1 classes" in note and "cat" in note for note in metrics["notes"])
+
+    empty = coco_metrics({**truth, "annotations": []}, perfect)
+    assert all(empty[name] is None for name in NUMBERS)
+    assert any("no ground truth" in note for note in empty["notes"])
+
+
+def test_object_with_id_zero_can_be_found() -> None:
+    truth = tiny()
+    for index, annotation in enumerate(truth["annotations"]):
+        annotation["id"] = index
+    results = [{**a, "score": 1.0} for a in truth["annotations"] if not a["iscrowd"]]
+    assert coco_metrics(truth, results)["AP"] == pytest.approx(1)
+
+
+def test_difficult_objects_count_neither_as_found_nor_as_missed() -> None:
+    truth = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [entry(1, 1, [0, 0, 40, 40]), entry(1, 1, [50, 50, 40, 40], difficult=1)],
+    }
+    found = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 40, 40], "score": 0.5}
+    on_difficult = {**found, "bbox": [50, 50, 40, 40], "score": 0.9}
+    assert coco_metrics(truth, [found])["AP"] == pytest.approx(1)
+    assert coco_metrics(truth, [found, on_difficult])["AP"] == pytest.approx(1)
+    # unlike in a crowd, a small box somewhere inside is a false alarm
+    inside = {**on_difficult, "bbox": [55, 55, 10, 10]}
+    assert coco_metrics(truth, [found, inside])["AP"] == pytest.approx(0.5)
+
+
+def test_results_file(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    good = {"image_id": 1, "category_id": 2, "bbox": [0, 1, 2, 3], "score": 0.5}
+    file.write_text(json.dumps([good]))
+    assert load_results(file) == [good]
+    for content, message in (
+        ("{", "not valid JSON"),
+        (json.dumps(tiny()), "is no list"),
+        (json.dumps([good, {"image_id": 1}]), "entry 1 has no 'category_id'"),
+        (json.dumps([good, 7]), "entry 1 has no 'image_id'"),
+        (json.dumps([{**good, "bbox": [0, 1, 2]}]), r"entry 0 has the bbox \[0, 1, 2\]"),
+        (json.dumps([{**good, "score": float("nan")}]), "the score nan"),
+        (json.dumps([{**good, "score": "high"}]), "the score 'high'"),
+    ):
+        file.write_text(content)
+        with pytest.raises(DataError, match=rf"results\.json: .*{message}"):
+            load_results(file)
+
+
+def test_a_label_without_category_is_refused() -> None:
+    with pytest.raises(ValueError, match="label -1 is outside"):
+        to_results(1, torch.zeros(1, 4), torch.ones(1), torch.tensor([-1]), [3, 90])
