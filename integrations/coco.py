@@ -412,6 +412,9 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
         ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``, ``AR1``, ``AR10``, ``AR100``,
         ``ARs``, ``ARm``, ``ARl``; ``per_class``, AP by class name; and ``notes``, one sentence for
         each reason why a number is None or predictions were left out.
+
+    Raises:
+        DataError: an object of the ground truth has no box.
     """
     notes: list[str] = []
     usable = usable_results(ground_truth, results, notes)
@@ -433,9 +436,15 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
 def _evaluate(ground_truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
     objects = []
     for number, annotation in enumerate(ground_truth["annotations"], start=1):
+        bbox = annotation.get("bbox")
+        if not _are_numbers(bbox, 4):
+            raise DataError(
+                f"ground truth: annotations[{number - 1}] has the bbox {bbox}; boxes can only be "
+                "judged where each object has four numbers x, y, width, height"
+            )
         objects.append(
             {
-                "area": annotation["bbox"][2] * annotation["bbox"][3],
+                "area": bbox[2] * bbox[3],
                 "iscrowd": 0,
                 # pycocotools takes an object with the id 0 for one that was never found
                 **{key: annotation[key] for key in annotation if key != "segmentation"},

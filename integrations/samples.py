@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -168,6 +168,9 @@ class ImageData(Generic[RecordT, SampleT]):
     def __getitem__(self, index: int) -> SampleT:
         raise NotImplementedError
 
+    def __iter__(self) -> Iterator[SampleT]:
+        return (self[index] for index in range(len(self)))
+
     @property
     def images(self) -> list[ImageFile]:
         """The image files, in order."""
@@ -179,7 +182,10 @@ class ImageData(Generic[RecordT, SampleT]):
         return [record.image.name for record in self._records]
 
     def select(self: DataT, indices: Iterable[int]) -> DataT:
-        """The same data restricted to the images at ``indices``, in that order."""
+        """The same data restricted to the images at ``indices``, in that order.
+
+        ``faults`` stay those of all that was read.
+        """
         selected = copy.copy(self)
         selected._records = [self._records[index] for index in indices]
         return selected
@@ -360,6 +366,9 @@ def check_box(
     return clipped, "box is partly outside the image, clipped" if excess > 1 else None
 
 
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for images that it cannot decode."""
+
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
@@ -367,7 +376,7 @@ def image_size(file: Path, faults: list[Fault]) -> tuple[int, int] | None:
     """Width and height of a usable image; None, and a fault more, for any other.
 
     Decoding every image at the start of each run would take minutes on a large data set. Read are
-    the header and the end of the file; only where the end mark of its format is missing the image
+    the header and the end of the file; only where the end mark of JPEG or PNG is missing the image
     is decoded, to tell a truncated file. Damage in the middle shows in :func:`read_image`.
     """
     try:
@@ -381,7 +390,7 @@ def image_size(file: Path, faults: list[Fault]) -> tuple[int, int] | None:
             read_image(file)
     except FileNotFoundError:
         faults.append(Fault(file, None, "image is missing"))
-    except (OSError, SyntaxError, DataError) as error:
+    except (*UNREADABLE, DataError) as error:
         faults.append(Fault(file, None, "image is broken", error))
     else:
         return size
@@ -401,7 +410,7 @@ def read_image(file: Path) -> NDArray[np.uint8]:
             if image.mode[0] in "IF":
                 raise DataError(f"{file}: has more than 8 bits a channel; convert it to 8 bits")
             return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{file}: cannot be decoded ({error}); replace or remove it") from error
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detseg_losses.integrations.samples import (
+    UNREADABLE,
     VOID,
     DataError,
     DetectionData,
@@ -212,7 +213,7 @@ class VocSegmentation(ImageData[_MaskRecord, SegmentationSample]):
         try:
             with Image.open(record.mask) as image:
                 mask = np.array(image)
-        except (OSError, SyntaxError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{record.mask}: cannot be decoded ({error}); replace it") from error
         present = np.flatnonzero(np.bincount(mask.ravel(), minlength=VOID + 1))
         beyond = present[(present >= len(self.classes)) & (present != VOID)]
@@ -436,7 +437,7 @@ class ConfusionMatrix:
         """
         if len(classes) != len(self.matrix):
             raise ValueError(f"{len(classes)} names for {len(self.matrix)} classes")
-        matrix = self.matrix.double()
+        matrix = self.matrix.cpu().double()
         hits, both = matrix.diag(), matrix.sum(0) + matrix.sum(1)
         occurs = both > 0
         iou, dice = hits / (both - hits), 2 * hits / both

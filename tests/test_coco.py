@@ -361,7 +361,7 @@ def test_find_coco_knows_the_usual_layouts(tmp_path: Path) -> None:
 
 @pytest.fixture
 def many(tmp_path: Path) -> CocoDetection:
-    content = {
+    content: Json = {
         "images": [
             {"id": i, "file_name": f"part/{i:03d}.png", "width": 8, "height": 8} for i in range(50)
         ],
@@ -431,8 +431,8 @@ def imperfect(truth: Json, seed: int) -> list[Json]:
     for annotation in truth["annotations"]:
         for _ in range(random.integers(0, 3)):
             box = np.array(annotation["bbox"], float)
-            box[:2] += random.normal(0, 0.1, 2) * box[2:]
-            box[2:] *= np.exp(random.normal(0, 0.15, 2))
+            box[:2] += random.normal(0, 0.05, 2) * box[2:]
+            box[2:] *= np.exp(random.normal(0, 0.08, 2))
             wrong = random.random() < 0.1
             results.append(
                 {
@@ -481,7 +481,7 @@ def test_real_data(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(truth["annotations"]) == 939
     assert sum(a["iscrowd"] for a in truth["annotations"]) == 10
     assert len({a["category_id"] for a in truth["annotations"]}) == 71
-    raw = {i["id"]: [] for i in content["images"]}
+    raw: dict[int, list[Json]] = {i["id"]: [] for i in content["images"]}
     for a in content["annotations"]:
         raw[a["image_id"]].append(a)
     results = []
@@ -560,6 +560,16 @@ def test_what_cannot_be_computed_says_why() -> None:
     empty = coco_metrics({**truth, "annotations": []}, perfect)
     assert all(empty[name] is None for name in NUMBERS)
     assert any("no ground truth" in note for note in empty["notes"])
+
+
+def test_ground_truth_without_boxes_is_refused_and_areas_may_be_absent() -> None:
+    truth = tiny()
+    results = [{**a, "score": 1.0} for a in truth["annotations"] if not a["iscrowd"]]
+    del truth["annotations"][0]["area"], truth["annotations"][0]["iscrowd"]
+    assert coco_metrics(truth, results)["AP"] == pytest.approx(1)
+    del truth["annotations"][3]["bbox"]
+    with pytest.raises(DataError, match=r"annotations\[3\] has the bbox None"):
+        coco_metrics(truth, results)
 
 
 def test_object_with_id_zero_can_be_found() -> None:

@@ -58,7 +58,7 @@ def make_shapes(
     try:
         for part, (name, images) in enumerate((("train", number), ("val", validation))):
             _write_split(unfinished, name, images, size, (seed, part))
-        unfinished.chmod(0o755)
+        unfinished.chmod(0o755)  # mkdtemp's directories are their owner's alone
         unfinished.rename(directory)
     except OSError:
         if not directory.is_dir():
