@@ -1,0 +1,1 @@
+"""What the command-line tools share: configuration, data, models, training engine and reports."""

@@ -1,0 +1,284 @@
+"""From readers to batches: choosing the data, augmentation, and an order that needs no state.
+
+Everything random is a function of numbers that are known without history: the order of the images
+of (seed, epoch), the augmentation of an image of (seed, epoch, index), the position of the step.
+A resumed run therefore sees exactly the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, overload
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no look-up of the newest version at import
+
+import albumentations as A
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from common.config import DataConfig, Task, height_width
+from common.errors import UsageError
+from common.shapes import make_shapes
+from detseg_losses.integrations.coco import (
+    CocoDetection,
+    CocoSegmentation,
+    coco_splits,
+    find_coco,
+)
+from detseg_losses.integrations.samples import (
+    VOID,
+    DetectionData,
+    DetectionSample,
+    ImageData,
+    SegmentationSample,
+    report_faults,
+    split,
+    subset,
+)
+from detseg_losses.integrations.voc import VocDetection, VocSegmentation, voc_splits
+
+Data = ImageData[Any, Any]
+Batch = dict[str, Any]
+Part = Literal["train", "val"]
+Say = Callable[[str], None]
+VALIDATION_FRACTION = 0.2
+
+
+@overload
+def load_data(
+    config: DataConfig, task: Literal["detection"], part: Part, seed: int, say: Say
+) -> DetectionData: ...
+@overload
+def load_data(
+    config: DataConfig, task: Literal["segmentation"], part: Part, seed: int, say: Say
+) -> Data: ...
+def load_data(config: DataConfig, task: Task, part: Part, seed: int, say: Say) -> Data:
+    """Return the training or the validation data; ``say`` what was found and done.
+
+    Raises:
+        UsageError, DataError: if the data cannot be had as configured.
+    """
+    if config.format != "shapes" and config.root is None:
+        raise UsageError(f"data.format {config.format} needs data.root, the folder of the data")
+    root = Path(config.root or "data").expanduser()
+    if config.format == "shapes":
+        root = make_shapes(root)
+    elif not root.is_dir():
+        raise UsageError(f"data.root {root} is not a folder")
+    if _lacks_validation(config, task, root):
+        data = _read(config, task, root, config.train_split)
+        parts = split(data, VALIDATION_FRACTION, seed)
+        chosen = parts[0] if part == "train" else parts[1]
+        say(
+            f"{root} has no split {config.val_split}: {len(parts[1])} of the {len(data)} images of "
+            f"{config.train_split}, chosen by seed {seed}, are set aside for validation"
+        )
+    else:
+        name = config.train_split if part == "train" else config.val_split
+        chosen = data = _read(config, task, root, name)
+    if config.subset is not None:
+        chosen = subset(chosen, config.subset, seed)
+    say(f"{part}: {len(chosen)} images of {root}, {len(chosen.classes)} classes")
+    if data.faults:
+        say(f"{part}: {report_faults(data.faults)}")
+    return chosen
+
+
+def _lacks_validation(config: DataConfig, task: Task, root: Path) -> bool:
+    """Whether the training split is the only one."""
+    splits = voc_splits(root, task) if config.format == "voc" else coco_splits(root)
+    return len(splits) == 1 and not re.fullmatch(rf"{re.escape(config.val_split)}\d*", splits[0])
+
+
+def _read(config: DataConfig, task: Task, root: Path, name: str) -> Data:
+    if config.format == "voc" and task == "detection":
+        return VocDetection(root, name, classes=config.classes, faulty=config.faults)
+    if config.format == "voc":
+        if config.classes is not None:
+            raise UsageError("data.classes does not apply to VOC masks, which show every class")
+        return VocSegmentation(root, name, faulty=config.faults)
+    reader = CocoDetection if task == "detection" else CocoSegmentation
+    return reader(*find_coco(root, name), classes=config.classes, faulty=config.faults)
+
+
+class TrainingImages(Dataset[Batch]):
+    """Augmented images with their targets, addressed by ``(epoch, index)``.
+
+    A detection item has ``image`` (3, H, W) uint8 and ``target``, torchvision's dict of ``boxes``
+    (N, 4) XYXY in pixels and ``labels`` (N,) from 1; a segmentation item has ``image`` and ``mask``
+    (H, W), whose padding is void.
+
+    Args:
+        data: what a reader gives.
+        config: sizes and augmentation.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, data: Data, config: DataConfig, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+        self.transform = _training_transform(config)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, index = key
+        generator = np.random.default_rng([self.seed, epoch, index])
+        self.transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+        sample: DetectionSample | SegmentationSample = self.data[index]
+        if isinstance(sample, SegmentationSample):
+            out = self.transform(image=sample.image, mask=sample.mask, bboxes=[], labels=[])
+            return {"image": _to_tensor(out["image"]), "mask": torch.from_numpy(out["mask"])}
+        kept = ~sample.ignored
+        out = self.transform(
+            image=sample.image, bboxes=sample.boxes[kept], labels=sample.labels[kept]
+        )
+        boxes = np.asarray(out["bboxes"], np.float32).reshape(-1, 4)
+        labels = np.asarray(out["labels"], np.int64) + 1
+        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+        return {"image": _to_tensor(out["image"]), "target": target}
+
+
+def _training_transform(config: DataConfig) -> A.Compose:
+    height, width = height_width(config.size if config.crop is None else config.crop)
+    fit = A.LongestMaxSize(max_size_hw=height_width(config.size), area_for_downscale="image")
+    placed = [
+        A.PadIfNeeded(height, width, position="random", fill=_padding(config), fill_mask=VOID),
+        A.RandomCrop(height, width),
+    ]
+    random_size = [A.RandomScale((-0.25, 0.25), p=0.5)]
+    looks = [A.HorizontalFlip(), A.ColorJitter(0.2, 0.2, 0.2, 0.02)]
+    boxes = A.BboxParams(
+        "pascal_voc",
+        label_fields=["labels"],
+        clip=True,
+        min_width=1,
+        min_height=1,
+        min_visibility=0.25,  # an object mostly cut off is no longer recognisable
+    )
+    steps = [fit, *random_size, *placed, *looks] if config.augment else [fit, *placed]
+    return A.Compose(steps, bbox_params=boxes)
+
+
+def _padding(config: DataConfig) -> tuple[int, ...]:
+    """The colour that normalisation turns into about zero."""
+    return tuple(round(255 * channel) for channel in config.mean)
+
+
+def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+class EvaluationImages(Dataset[Batch]):
+    """Images fitted into one size, padded at the right and at the bottom.
+
+    An item has ``image`` (3, H, W) uint8 with H and W multiples of 32, ``index`` in the data,
+    ``fitted`` (height and width of the image in the padded one), ``original`` (height and width in
+    the file) and for segmentation ``truth``, the mask as it is in the file.
+
+    Args:
+        data: what a reader gives.
+        config: size and padding.
+    """
+
+    def __init__(self, data: Data, config: DataConfig) -> None:
+        self.data = data
+        size = height_width(config.size)
+        height, width = (-(-side // 32) * 32 for side in size)
+        self.fit = A.LongestMaxSize(max_size_hw=size, area_for_downscale="image")
+        self.pad = A.PadIfNeeded(height, width, position="top_left", fill=_padding(config))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Batch:
+        sample: DetectionSample | SegmentationSample = self.data[index]
+        fitted = self.fit(image=sample.image)["image"]
+        item = {
+            "image": _to_tensor(self.pad(image=fitted)["image"]),
+            "index": index,
+            "fitted": fitted.shape[:2],
+            "original": sample.image.shape[:2],
+        }
+        if isinstance(sample, SegmentationSample):
+            item["truth"] = sample.mask
+        return item
+
+
+def collate(items: list[Batch]) -> Batch:
+    """Stack what has one shape; keep everything else as lists."""
+    return {
+        key: default_collate([item[key] for item in items])
+        if isinstance(items[0][key], Tensor)
+        else [item[key] for item in items]
+        for key in items[0]
+    }
+
+
+class TrainingOrder(Sampler[list[tuple[int, int]]]):
+    """The batches of one process from one step to another, as lists of ``(epoch, index)``.
+
+    Each step takes the next ``batch_size`` images of the epoch's shuffle, which depends on seed and
+    epoch alone; the processes and the accumulated parts share them out. What is left at the end of
+    an epoch and does not fill a batch is left out.
+
+    Args:
+        length: number of training images.
+        batch_size: images per step, over all processes and parts.
+        start: first step.
+        stop: step after the last.
+        seed: of the shuffle.
+        rank: number of this process.
+        world_size: number of processes.
+        accumulate: parts into which the share of a process is divided.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        start: int,
+        stop: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        if batch_size > length:
+            raise UsageError(f"train.batch_size {batch_size} is more than the {length} images")
+        if batch_size % (world_size * accumulate):
+            raise UsageError(
+                f"train.batch_size {batch_size} is not a multiple of {world_size} processes x "
+                f"train.accumulate {accumulate}"
+            )
+        self.length, self.batch_size = length, batch_size
+        self.start, self.stop = start, stop
+        self.seed, self.rank = seed, rank
+        self.world_size, self.accumulate = world_size, accumulate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.length // self.batch_size
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.stop):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if step == self.start or position == 0:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.length).tolist()
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            mine = batch[self.rank :: self.world_size]
+            for part in range(self.accumulate):
+                yield [(epoch, index) for index in mine[part :: self.accumulate]]

@@ -1,0 +1,325 @@
+"""Building the models, and loading weights of whatever origin into them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
+from torchvision import models as tv
+from torchvision.models.detection import (
+    RetinaNet,
+    RetinaNet_ResNet50_FPN_V2_Weights,
+    RetinaNet_ResNet50_FPN_Weights,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.resnet import BasicBlock, conv1x1
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+from common.checkpoint import load_tensors
+from common.config import DataConfig, DetectorConfig, SegmenterConfig, height_width
+from common.errors import UsageError
+
+_BACKBONES = {
+    "resnet18": (tv.resnet18, tv.ResNet18_Weights.DEFAULT, ("layer2", "layer3", "layer4")),
+    "resnet34": (tv.resnet34, tv.ResNet34_Weights.DEFAULT, ("layer2", "layer3", "layer4")),
+    "resnet50": (tv.resnet50, tv.ResNet50_Weights.DEFAULT, ("layer2", "layer3", "layer4")),
+    "mobilenet_v3": (
+        tv.mobilenet_v3_large,
+        tv.MobileNet_V3_Large_Weights.DEFAULT,
+        ("6", "12", "16"),  # the last layers at strides 8, 16 and 32
+    ),
+    "shufflenet_v2_x0_5": (
+        tv.shufflenet_v2_x0_5,
+        tv.ShuffleNet_V2_X0_5_Weights.DEFAULT,
+        ("stage2", "stage3", "stage4"),
+    ),
+    "shufflenet_v2_x1_0": (
+        tv.shufflenet_v2_x1_0,
+        tv.ShuffleNet_V2_X1_0_Weights.DEFAULT,
+        ("stage2", "stage3", "stage4"),
+    ),
+}
+_COMPLETE = {
+    "retinanet_resnet50_fpn": (retinanet_resnet50_fpn, RetinaNet_ResNet50_FPN_Weights.DEFAULT),
+    "retinanet_resnet50_fpn_v2": (
+        retinanet_resnet50_fpn_v2,
+        RetinaNet_ResNet50_FPN_V2_Weights.DEFAULT,
+    ),
+}
+_group_norm = partial(nn.GroupNorm, 8)
+
+
+class NormalizeOnly(GeneralizedRCNNTransform):
+    """torchvision's transform without its resizing: the data pipeline has chosen the size."""
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Return both as they are."""
+        return image, target
+
+
+class MaxPoolLevels(ExtraFPNBlock):
+    """Adds coarser levels to a feature pyramid by subsampling its last one.
+
+    Args:
+        levels: how many to add.
+    """
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(
+        self, results: list[Tensor], x: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        """Return the pyramid and its names with the added levels."""
+        for level in range(self.levels):
+            results.append(max_pool2d(results[-1], kernel_size=1, stride=2))
+            names.append(f"pool{level}")
+        return results, names
+
+
+def build_detector(
+    model: DetectorConfig, data: DataConfig, classes: Sequence[str], seed: int
+) -> RetinaNet:
+    """Return a RetinaNet for ``len(classes)`` classes, with labels from 1 as torchvision counts.
+
+    Its inputs are images between 0 and 1 of any size, which it normalises but does not resize.
+    The weights are random, by ``seed``: see :func:`load_detector_weights`.
+
+    Raises:
+        UsageError: if options of ``model`` do not fit together.
+    """
+    torch.manual_seed(seed)
+    num_classes = len(classes) + 1  # torchvision leaves label 0 to the background
+    if model.name in _COMPLETE:
+        if model.anchors is not None:
+            raise UsageError(f"model.anchors does not apply to {model.name}, which has its own")
+        detector = _COMPLETE[model.name][0](
+            weights=None, weights_backbone=None, num_classes=num_classes
+        )
+    else:
+        anchors = model.anchors or [16, 32, 64, 128]
+        if len(anchors) < 3:
+            raise UsageError(f"model.anchors needs at least 3 sizes, got {anchors}")
+        sizes = tuple((a, int(a * 2 ** (1 / 3)), int(a * 2 ** (2 / 3))) for a in anchors)
+        generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+        detector = RetinaNet(
+            _pyramid(model, len(anchors)),
+            num_classes,
+            anchor_generator=generator,
+            head=RetinaNetHead(
+                model.fpn_channels,
+                generator.num_anchors_per_location()[0],
+                num_classes,
+                norm_layer=_group_norm,
+            ),
+            detections_per_img=100,  # as many as COCO's AP looks at
+        )
+    detector.transform = NormalizeOnly(0, 0, data.mean, data.std)
+    return detector
+
+
+def _pyramid(model: DetectorConfig, levels: int) -> BackboneWithFPN:
+    if model.backbone == "small":
+        body, stages = _small_backbone(), ("layer2", "layer3", "layer4")
+    else:
+        build, _, stages = _BACKBONES[model.backbone]
+        body = build(weights=None)
+        body = getattr(body, "features", body)
+    return BackboneWithFPN(
+        body,
+        {stage: str(level) for level, stage in enumerate(stages)},
+        _stage_channels(body, stages),
+        model.fpn_channels,
+        extra_blocks=MaxPoolLevels(levels - len(stages)),
+    )
+
+
+def _small_backbone() -> nn.Sequential:
+    """A ResNet of one block a stage and half the usual width.
+
+    Group norm, for it is trained from scratch in small batches, and so that a batch spread over
+    several processes gives the same gradient as on one.
+    """
+    widths = (32, 32, 64, 128, 256)
+    stem = nn.Sequential(
+        nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False),
+        _group_norm(widths[0]),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=stem)
+    for number in range(1, 5):
+        inputs, outputs, stride = widths[number - 1], widths[number], 1 if number == 1 else 2
+        shortcut = None
+        if stride > 1:
+            shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), _group_norm(outputs))
+        layers[f"layer{number}"] = BasicBlock(
+            inputs, outputs, stride, shortcut, norm_layer=_group_norm
+        )
+    backbone = nn.Sequential(layers)
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return backbone
+
+
+@torch.no_grad()
+def _stage_channels(body: nn.Module, stages: Sequence[str]) -> list[int]:
+    body.eval()  # batch norm must not learn from this image
+    channels, x = [], torch.zeros(1, 3, 64, 64)
+    for name, layer in body.named_children():
+        x = layer(x)
+        if name in stages:
+            channels.append(x.shape[1])
+        if name == stages[-1]:
+            break
+    body.train()
+    return channels
+
+
+def build_segmenter(
+    model: SegmenterConfig, data: DataConfig, classes: Sequence[str], seed: int
+) -> nn.Module:
+    """Return a model of segmentation_models_pytorch with a channel for each class.
+
+    Its inputs are normalised images. The weights are random, by ``seed``, unless ``model.weights``
+    is ``DEFAULT``: see :func:`load_segmenter_weights`.
+
+    Raises:
+        UsageError: for an unknown architecture, encoder or option, or a crop that does not fit.
+    """
+    torch.manual_seed(seed)
+    if model.mode == "binary" and len(classes) != 2:
+        raise UsageError(
+            f"model.mode binary needs a background and one class, the data has {len(classes)}: "
+            f"{', '.join(classes[:10])}"
+        )
+    options = model.options
+    if options is None:
+        light = {"encoder_depth": 3, "decoder_channels": (64, 32, 16)}
+        options = light if model.name.lower() == "unet" else {}
+    weights = None
+    if model.weights == "DEFAULT":
+        weights = True if model.encoder.startswith("tu-") else "imagenet"
+    try:
+        segmenter = smp.create_model(
+            model.name,
+            model.encoder,
+            encoder_weights=weights,
+            classes=1 if model.mode == "binary" else len(classes),
+            **options,
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = error.args[0] if error.args else error
+        raise UsageError(f"model {model.name} with encoder {model.encoder}: {reason}") from error
+    stride = segmenter.encoder.output_stride
+    height, width = height_width(data.size if data.crop is None else data.crop)
+    if height % stride or width % stride:
+        raise UsageError(
+            f"this model needs a data.crop (or data.size, where there is no crop) of multiples of "
+            f"{stride} pixels, got {height} x {width}"
+        )
+    return segmenter
+
+
+def load_detector_weights(detector: RetinaNet, model: DetectorConfig, classes: list[str]) -> str:
+    """Load what ``model.weights`` names, and return a line that says what was loaded.
+
+    Raises:
+        UsageError: if there is nothing to load or it does not fit.
+    """
+    if model.weights == "none":
+        return "weights: random"
+    if model.weights != "DEFAULT":
+        return _load_file(detector, Path(model.weights), classes)
+    if model.name in _COMPLETE:
+        weights = _COMPLETE[model.name][1]
+    elif model.backbone in _BACKBONES:
+        weights = _BACKBONES[model.backbone][1]
+    else:
+        raise UsageError(f"there are no pretrained weights for the backbone {model.backbone}")
+    return _load_matching(detector, weights.get_state_dict(check_hash=True), str(weights), classes)
+
+
+def load_segmenter_weights(segmenter: nn.Module, model: SegmenterConfig, classes: list[str]) -> str:
+    """Load the file that ``model.weights`` names, and return a line that says what was loaded.
+
+    Raises:
+        UsageError: if the file cannot be read or does not fit.
+    """
+    if model.weights == "none":
+        return "weights: random"
+    if model.weights == "DEFAULT":
+        return f"weights: encoder {model.encoder}, pretrained"
+    return _load_file(segmenter, Path(model.weights), classes)
+
+
+def _load_file(model: nn.Module, file: Path, classes: list[str]) -> str:
+    content = load_tensors(file)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise UsageError(f"model.weights {file}: there is no state dict in this file")
+    return _load_matching(model, content, str(file), classes)
+
+
+def _load_matching(
+    model: nn.Module, state: dict[str, Tensor], origin: str, classes: list[str]
+) -> str:
+    """Load a state dict of a backbone, an encoder or a whole model, whichever its keys show it is.
+
+    Of a detector for COCO the outputs of the classes that have the same names are taken over.
+    """
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    own = model.state_dict()
+    _select_coco_classes(state, own, classes)
+
+    def matching(strip: str, add: str) -> dict[str, Tensor]:
+        renamed = {add + key.removeprefix(strip): value for key, value in state.items()}
+        return {k: v for k, v in renamed.items() if k in own and own[k].shape == v.shape}
+
+    strips = ("", "module.", "model.", "backbone.", "backbone.body.", "features.", "encoder.")
+    best = max(
+        (matching(strip, add) for strip in strips for add in ("", "backbone.body.", "encoder.")),
+        key=len,
+    )
+    if 2 * len(best) < len(state):
+        raise UsageError(
+            f"model.weights {origin}: only {len(best)} of its {len(state)} tensors have the name "
+            f"and shape of one in the model; its keys begin with {next(iter(state))!r}, those of "
+            f"the model with {next(iter(own))!r}"
+        )
+    model.load_state_dict(best, strict=False)
+    total = sum(not key.endswith("num_batches_tracked") for key in own)
+    return f"weights: {origin}: {len(best)} of its {len(state)} tensors, {total} in the model"
+
+
+def _select_coco_classes(
+    state: dict[str, Tensor], own: dict[str, Tensor], classes: list[str]
+) -> None:
+    """Reduce the outputs of a COCO detector to those of ``classes``, where it knows them all."""
+    names: list[str] = RetinaNet_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+    key = "head.classification_head.cls_logits"
+    if f"{key}.bias" not in state or f"{key}.bias" not in own or not {*classes} <= {*names}:
+        return
+    anchors = own[f"{key}.bias"].numel() // (len(classes) + 1)
+    if state[f"{key}.bias"].numel() == anchors * len(names):
+        rows = [0, *(names.index(name) for name in classes)]
+        for part in (f"{key}.weight", f"{key}.bias"):
+            outputs = state[part].unflatten(0, (anchors, len(names)))
+            state[part] = outputs[:, rows].flatten(0, 1)

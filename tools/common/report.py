@@ -1,0 +1,206 @@
+"""What a run leaves for people to look at: tables, metrics.json, curves.png, predictions.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import NDArray
+
+from common.data import Data
+from common.engine import read_metrics
+from detseg_losses.integrations.samples import DataT, DetectionData
+
+matplotlib.use("Agg")
+Image = NDArray[np.uint8]
+LEAST_SCORE = 0.3
+"""Detections below it are not drawn."""
+
+
+def print_table(title: str, values: dict[str, Any]) -> None:
+    """Print numbers under each other; None is a dash."""
+    width = max(map(len, values), default=0)
+    print(title)
+    for name, value in values.items():
+        print(f"  {name:<{width}}  {'    -' if value is None else f'{value:.3f}'}")
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Print the numbers, those of each class, and the notes."""
+    print_table("metrics", {k: v for k, v in metrics.items() if v is None or isinstance(v, float)})
+    for key, title in (("per_class", "AP per class"), ("per_class_iou", "IoU per class")):
+        if key in metrics:
+            print_table(title, metrics[key])
+    for note in metrics.get("notes", []):
+        print(f"note: {note}")
+
+
+def write_metrics(output: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics.json into a folder, which is made if need be."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(metrics, indent=2) + "\n"
+    (output / "metrics.json").write_text(text, encoding="utf-8")
+
+
+def handful(data: DataT, number: int = 6) -> DataT:
+    """Return some of the images, evenly spaced, to be drawn."""
+    positions = np.linspace(0, len(data) - 1, min(number, len(data)))
+    return data.select(positions.round().astype(int).tolist())
+
+
+def plot_curves(output: Path, metric: str) -> None:
+    """Draw the loss, each of its terms and the metric of metrics.csv as curves.png.
+
+    Args:
+        output: folder of the run.
+        metric: the column that judged the epochs.
+    """
+    rows = read_metrics(output / "metrics.csv")
+    training = [row for row in rows if "loss" in row]
+    judged = [row for row in rows if metric in row]
+    terms = [name for name in (training or [{}])[0] if name not in ("step", "epoch", "lr", "loss")]
+    names = ["loss", *terms] if len(terms) > 1 else terms
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4 * len(names) + 4, 3.2), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=False):
+        steps, values = zip(*((row["step"], row[name]) for row in training), strict=True)
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        axis.plot(steps, _smooth(values), color="tab:blue")
+        axis.set_title("loss (sum of the terms)" if name == "loss" else name)
+        axis.set_ylim(bottom=0)
+    last = axes[0][-1]
+    steps, values = [row["step"] for row in judged], [row[metric] for row in judged]
+    last.plot(steps, values, color="tab:green", marker="o", markersize=4)
+    if values:
+        best = int(np.argmax(values))
+        last.annotate(
+            f"best {values[best]:.3f}",
+            (steps[best], values[best]),
+            xytext=(0, -12),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+        )
+    last.set_title(f"validation {metric}")
+    last.set_ylim(0, 1)
+    for axis in axes[0]:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(output / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
+    """An exponential moving mean."""
+    smoothed = [values[0]]
+    for value in values[1:]:
+        smoothed.append(weight * smoothed[-1] + (1 - weight) * value)
+    return smoothed
+
+
+def draw_detections(data: DetectionData, results: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw the objects of each image beside the detections.
+
+    Args:
+        data: a handful of images.
+        results: entries of a COCO results file.
+        file: the picture.
+    """
+    figure, pairs = _pairs(len(data))
+    truth = data.ground_truth()
+    colours = dict(zip(data.category_ids, _colours(len(data.classes)), strict=True))
+    names = dict(zip(data.category_ids, data.classes, strict=True))
+    for index, (left, right) in enumerate(pairs):
+        sample = data[index]
+        drawn = [
+            (left, [a for a in truth["annotations"] if a["image_id"] == sample.image_id]),
+            (
+                right,
+                [
+                    r
+                    for r in results
+                    if r["image_id"] == sample.image_id and r["score"] >= LEAST_SCORE
+                ],
+            ),
+        ]
+        for axis, boxes in drawn:
+            axis.imshow(sample.image)
+            for box in boxes:
+                colour = colours[box["category_id"]]
+                x, y, width, height = box["bbox"]
+                axis.add_patch(Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.5))
+                label = names[box["category_id"]]
+                if "score" in box:
+                    label += f" {box['score']:.2f}"
+                axis.text(
+                    x,
+                    y,
+                    label,
+                    fontsize=5.5,
+                    color="black" if sum(colour) > 1.5 else "white",
+                    va="bottom",
+                    clip_on=True,
+                    bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6},
+                )
+    pairs[0][1].set_title(f"prediction (score >= {LEAST_SCORE})", fontsize=9)
+    _save(figure, file)
+
+
+def draw_masks(data: Data, predictions: Sequence[Image], file: Path) -> None:
+    """Draw the mask of each image beside the predicted one; void is black.
+
+    Args:
+        data: a handful of images.
+        predictions: their predicted masks.
+        file: the picture.
+    """
+    figure, pairs = _pairs(len(data))
+    colours = _colours(len(data.classes))
+    palette = np.zeros((256, 3))
+    palette[: len(colours)] = colours
+    present: set[int] = set()
+    for index, (left, right) in enumerate(pairs):
+        sample = data[index]
+        for axis, mask in ((left, sample.mask), (right, predictions[index])):
+            present |= {int(value) for value in np.unique(mask)} - {255}
+            axis.imshow(0.35 * sample.image / 255 + 0.65 * palette[mask])
+    figure.legend(
+        handles=[Patch(color=colours[i], label=data.classes[i]) for i in sorted(present)],
+        loc="lower center",
+        ncols=6,
+        fontsize=7,
+        frameon=False,
+    )
+    pairs[0][1].set_title("prediction", fontsize=9)
+    _save(figure, file)
+
+
+def _pairs(number: int) -> tuple[Any, list[tuple[Axes, Axes]]]:
+    """A figure with two images side by side for each of ``number``, two pairs in a row."""
+    rows = -(-number // 2)
+    figure, axes = plt.subplots(rows, 4, figsize=(11, 2.8 * rows + 0.6), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    pairs = [(axes[i // 2][2 * (i % 2)], axes[i // 2][2 * (i % 2) + 1]) for i in range(number)]
+    pairs[0][0].set_title("ground truth", fontsize=9)
+    return figure, pairs
+
+
+def _save(figure: Any, file: Path) -> None:
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _colours(number: int) -> list[tuple[float, float, float]]:
+    if number <= 10:
+        return [to_rgb(f"C{i}") for i in range(number)]
+    return [tuple(plt.get_cmap("gist_ncar")(0.03 + 0.94 * i / number)[:3]) for i in range(number)]

@@ -1,0 +1,60 @@
+"""Train a RetinaNet with the losses of your choice; judge it by COCO's average precision.
+
+Without further options it learns synthetic shapes, drawn on first use: no data is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.checkpoint import load_checkpoint
+from common.config import DetectionConfig, parse_training
+from common.data import Batch, TrainingImages, load_data
+from common.engine import fit, start
+from common.errors import usage_errors
+from common.evaluate import detect, evaluate_detector
+from common.models import build_detector, load_detector_weights
+from common.report import draw_detections, handful, plot_curves, print_metrics, write_metrics
+from torch import Tensor, nn
+
+from detseg_losses.integrations import use_losses
+
+
+@usage_errors()
+def main() -> None:
+    """Run the tool."""
+    config = parse_training(DetectionConfig, __doc__)
+    fabric, output = start(config)
+    train = load_data(config.data, "detection", "train", config.seed, fabric.print)
+    val = load_data(config.data, "detection", "val", config.seed, fabric.print)
+
+    detector = build_detector(config.model, config.data, train.classes, config.seed)
+    if not config.resume:
+        fabric.print(load_detector_weights(detector, config.model, train.classes))
+    with usage_errors(ValueError):
+        use_losses(detector, config.loss)
+
+    def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        by_head = model(list(batch["image"] / 255), batch["target"])
+        return sum(by_head.values()), detector.head.loss.values
+
+    def evaluate() -> dict[str, Any]:
+        return evaluate_detector(fabric, detector, val, config.data, config.train.batch_size)
+
+    images = TrainingImages(train, config.data, config.seed)
+    fit(fabric, detector, images, config, output, "AP", losses, evaluate)
+
+    if fabric.is_global_zero:
+        best = load_checkpoint(output / "best.ckpt", config.task)
+        detector.load_state_dict(best["model"])
+        shown = handful(val)
+        results = detect(fabric, detector, shown, config.data, config.train.batch_size)
+        draw_detections(shown, results, output / "predictions.png")
+        plot_curves(output, "AP")
+        write_metrics(output, best["metrics"])
+        print_metrics(best["metrics"])
+        print(f"results: {output}")
+
+
+if __name__ == "__main__":
+    main()

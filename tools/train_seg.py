@@ -1,0 +1,61 @@
+"""Train a segmentation model with the losses of your choice; judge it by its mean IoU.
+
+Without further options it learns synthetic shapes, drawn on first use: no data is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.checkpoint import load_checkpoint
+from common.config import SegmentationConfig, parse_training
+from common.data import Batch, TrainingImages, load_data
+from common.engine import fit, start
+from common.errors import usage_errors
+from common.evaluate import evaluate_segmenter, normalize, segment
+from common.models import build_segmenter, load_segmenter_weights
+from common.report import draw_masks, handful, plot_curves, print_metrics, write_metrics
+from torch import Tensor, nn
+
+from detseg_losses.integrations import use_losses
+from detseg_losses.integrations.samples import VOID
+
+
+@usage_errors()
+def main() -> None:
+    """Run the tool."""
+    config = parse_training(SegmentationConfig, __doc__)
+    fabric, output = start(config)
+    train = load_data(config.data, "segmentation", "train", config.seed, fabric.print)
+    val = load_data(config.data, "segmentation", "val", config.seed, fabric.print)
+
+    segmenter = build_segmenter(config.model, config.data, train.classes, config.seed)
+    if not config.resume:
+        fabric.print(load_segmenter_weights(segmenter, config.model, train.classes))
+    with usage_errors(ValueError):
+        use_losses(segmenter, config.loss, mode=config.model.mode, ignore_index=VOID)
+
+    def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = model(normalize(batch["image"], config.data), batch["mask"])
+        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
+
+    def evaluate() -> dict[str, Any]:
+        return evaluate_segmenter(fabric, segmenter, val, config.data, config.train.batch_size)
+
+    images = TrainingImages(train, config.data, config.seed)
+    fit(fabric, segmenter, images, config, output, "mIoU", losses, evaluate)
+
+    if fabric.is_global_zero:
+        best = load_checkpoint(output / "best.ckpt", config.task)
+        segmenter.load_state_dict(best["model"])
+        shown = handful(val)
+        masks = segment(fabric, segmenter, shown, config.data, config.train.batch_size)
+        draw_masks(shown, [mask.numpy() for _, mask, _ in masks], output / "predictions.png")
+        plot_curves(output, "mIoU")
+        write_metrics(output, best["metrics"])
+        print_metrics(best["metrics"])
+        print(f"results: {output}")
+
+
+if __name__ == "__main__":
+    main()
