@@ -491,6 +491,12 @@ def test_confusion_matrix(dtype: torch.dtype) -> None:
     assert metrics["per_class_iou"]["c5"] is None
 
 
+def test_confusion_matrix_has_the_true_classes_in_its_rows() -> None:
+    counts = ConfusionMatrix(3, ignore_index=0)
+    counts.update(torch.tensor([[0, 2, 2], [1, 1, 1]]), torch.tensor([[1, 1, 2], [2, 0, 1]]))
+    assert counts.matrix.tolist() == [[0, 0, 0], [1, 1, 1], [0, 1, 1]]
+
+
 def test_confusion_matrix_refuses_what_it_cannot_count() -> None:
     counts = ConfusionMatrix(3)
     assert counts.metrics(["a", "b", "c"])["mIoU"] is None
