@@ -1,0 +1,205 @@
+"""What every loss shares: the module form of a function, the registry, the last reduction."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Kind = Literal["classification", "boxes", "deltas", "segmentation"]
+Reduction = Literal["none", "mean", "sum"]
+
+# Elements of one block on the CPU. A block and the handful of temporaries made from it stay in
+# the second-level cache, so that a long chain of operations reads the logits from memory once.
+BLOCK = 1 << 16
+
+
+class Loss(nn.Module):
+    """A loss function together with its options, as a module.
+
+    A subclass names its ``function``; the keyword options of that function are the options of
+    the module, with the same defaults except ``reduction``, which is ``"mean"``. ``repr(loss)``
+    is a loss string that :func:`detseg_losses.build_loss` reads back.
+
+    Raises:
+        TypeError: on an option that the function does not have.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[Kind, ...]]
+    function: ClassVar[Callable[..., Tensor]]
+    common: ClassVar[Callable[..., Any] | None] = None
+    """What the function passes its ``**options`` to."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Options that the losses of one pass over the logits must agree on."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = self.defaults()
+        for option, value in options.items():
+            if option not in known:
+                raise TypeError(
+                    f"{self.name} has no option {option!r}; it has {', '.join(sorted(known))}"
+                )
+            if option == "reduction":
+                check_choice("reduction", value, Reduction)
+            if isinstance(value, (list, tuple, Tensor)):
+                # A buffer follows the module to its device; not persistent, so that an adapted
+                # model keeps the keys of its state_dict.
+                value = torch.as_tensor(value, dtype=torch.float32)
+                self.register_buffer(option, value, persistent=False)
+        self.given = {k: v for k, v in options.items() if k not in self._buffers}
+
+    @classmethod
+    @cache
+    def defaults(cls) -> dict[str, Any]:
+        """Every option and its default; not the weights of a batch, which come with the call."""
+        parameters = list(inspect.signature(cls.function).parameters.values())[2:]
+        if cls.common is not None:
+            parameters += inspect.signature(cls.common).parameters.values()
+        return {
+            parameter.name: parameter.default
+            for parameter in parameters
+            if parameter.default is not parameter.empty
+            and parameter.name not in ("weight", "pixel_weight")
+        } | {"reduction": "mean"}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option with its value in this module."""
+        return self.defaults() | self.given | dict(self.named_buffers(recurse=False))
+
+    def forward(self, prediction: Any, target: Tensor | None = None, **call: Any) -> Tensor:
+        """The loss; ``call`` holds weights of this batch and may override the options."""
+        return type(self).function(prediction, target, **(self.options | call))
+
+    def __repr__(self) -> str:
+        defaults = self.defaults()
+        arguments = []
+        for option, value in self.options.items():
+            if isinstance(value, Tensor):
+                arguments.append(f"{option}={value.tolist()}")
+            elif value != defaults[option]:
+                arguments.append(f"{option}={value!r}")
+        return f"{self.name}({', '.join(arguments)})" if arguments else self.name
+
+
+LOSSES: dict[str, type[Loss]] = {}
+"""Every loss by the name that it has in a loss string."""
+
+LossType = TypeVar("LossType", bound=type[Loss])
+
+
+def register(name: str, *kinds: Kind) -> Callable[[LossType], LossType]:
+    """Enter a loss under the name that loss strings use, with the kinds of input it can eat."""
+
+    def enter(cls: LossType) -> LossType:
+        cls.name, cls.kinds = name, kinds
+        LOSSES[name] = cls
+        return cls
+
+    return enter
+
+
+def reduce(values: Tensor, reduction: str) -> Tensor:
+    """``values`` as they are, their sum, or their mean; the mean of nothing is 0."""
+    check_choice("reduction", reduction, Reduction)
+    if reduction == "none":
+        return values
+    total = values.sum()
+    return total if reduction == "sum" else total / max(values.numel(), 1)
+
+
+def check_choice(option: str, value: object, choices: Any) -> None:
+    """Raise a ValueError that names ``option`` unless ``value`` is one of a Literal's choices."""
+    if value not in get_args(choices):
+        raise ValueError(f"{option} must be one of {get_args(choices)}, not {value!r}")
+
+
+def as_weights(value: Any) -> Any:
+    """Numbers of classes as a tensor; a tensor, a number or None as it is."""
+    return torch.tensor(value, dtype=torch.float32) if isinstance(value, Sequence) else value
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Losses are computed in float32, or in float64 where the logits are float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Block(NamedTuple):
+    """Some images and places of logits ``(B, C, P)``; ``part`` numbers the ranges of places."""
+
+    part: int
+    rows: slice
+    places: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This block of a tensor ``(B, ..., P)``; a last dimension of 1 stands for all places."""
+        return tensor[self.rows, ..., self.places if tensor.shape[-1] > 1 else slice(None)]
+
+
+WHOLE = Block(0, slice(None), slice(None))
+
+
+def blocks(logits: Tensor) -> list[Block]:
+    """Cut logits ``(B, C, P)`` into blocks: the one place where the engines look at the device.
+
+    On the CPU a block is some ``BLOCK`` elements: several whole images, or a part of one.
+    Anywhere else one block holds everything, for there kernels should be few and large.
+    """
+    batch, classes, length = logits.shape
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or not logits.numel():
+        return [WHOLE]
+    places = max(1, min(length, BLOCK // classes))
+    rows = max(1, BLOCK // (classes * length))
+    return [
+        Block(part, slice(row, row + rows), slice(part * places, (part + 1) * places))
+        for row in range(0, batch, rows)
+        for part in range(-(-length // places))
+    ]
+
+
+def rows_where(mask: Tensor) -> Tensor | slice:
+    """Indices of the rows ``(N,)`` that a mask holds, or all rows.
+
+    On the CPU it pays to work on the few rows alone; elsewhere the device would have to wait to
+    learn how many there are. So give the other rows a weight of 0.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return slice(None)
+    return mask.nonzero().squeeze(1)
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The ratio, with 0 / 0 = 0 and finite gradients there."""
+    return numerator / torch.where(denominator == 0, 1, denominator)
+
+
+def processes(sync: bool) -> int:
+    """How many processes share the batch where ``sync`` asks for it."""
+    return dist.get_world_size() if sync and dist.is_available() and dist.is_initialized() else 1
+
+
+def world_sum(values: Tensor, sync: bool) -> Tensor:
+    """The sum over all processes where ``sync`` asks for it; autograd flows through it."""
+    if processes(sync) == 1:
+        return values
+    from torch.distributed.nn.functional import all_reduce  # slow to import
+
+    return all_reduce(values)
+
+
+def mean_of_sums(sums: Tensor, counts: Tensor, *, per_image: bool, sync: bool) -> Tensor:
+    """Sums ``(B,)`` over counts ``(B,)``: of the batch as one, or the mean of each image's.
+
+    With ``sync`` the batch is that of all processes, and the result of each process is scaled so
+    that the average which DistributedDataParallel takes of the gradients is that of one process.
+    """
+    if per_image:
+        sums, counts = divide(sums, counts), torch.ones_like(counts)
+    return divide(sums.sum() * processes(sync), world_sum(counts.sum(), sync))

@@ -1,0 +1,241 @@
+"""Bring logits, targets and weights of every layout into one, and check them, once for all losses.
+
+Segmentation models give logits ``(B, C, *)``, detection heads ``(*, K)`` with the classes last.
+Both engines see ``(B, C, P)``: images, classes, and places (pixels or anchors), as views in
+whatever memory order the logits have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .base import check_choice, compute_dtype
+
+Mode = Literal["multiclass", "binary", "multilabel"]
+
+
+@dataclass
+class Batch:
+    """One batch in the layout of the engines.
+
+    Attributes:
+        logits: ``(B, C, P)``.
+        target: class indices ``(B, P)``, or values in [0, 1] ``(B, C, P)``.
+        weight: factor of each place ``(B, 1, P)`` or entry ``(B, C, P)``, bool or floating; None
+            where everything counts. What has weight 0 is left out.
+        places: the shape that ``P`` stands for.
+        mode: how a segmentation model's channels are read; None in a detection head.
+    """
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    places: torch.Size
+    mode: Mode | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the target is values, not class indices."""
+        return self.target.dim() == 3
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What losses are computed in."""
+        return compute_dtype(self.logits.dtype)
+
+    def valid(self) -> Tensor:
+        """The weight of what counts, ``(B, C)``."""
+        batch, classes, places = self.logits.shape
+        if self.weight is None:
+            return self.logits.new_full((batch, classes), places, dtype=self.dtype)
+        return self.weight.sum(-1, dtype=self.dtype).expand(-1, classes)
+
+    def labels(self) -> Tensor:
+        """Class indices ``(B, P)``; what is left out counts towards class 0, with weight 0."""
+        return labels_of(self.target, self.weight)
+
+    def entries(self, values: Tensor) -> Tensor:
+        """Values ``(B, C, P)`` in the shape that the logits came in."""
+        if self.mode is None:
+            return values.movedim(1, -1).reshape(*self.places, -1)
+        return values.reshape(*values.shape[:2], *self.places)
+
+    def pixels(self, values: Tensor) -> Tensor:
+        """Values ``(B, P)`` as a map ``(B, *)``."""
+        return values.reshape(-1, *self.places)
+
+
+def labels_of(target: Tensor, weight: Tensor | None) -> Tensor:
+    """Class indices ``(b, n)`` of a part of a batch, safe to index with."""
+    return target.long() if weight is None else target.long().masked_fill(weight.squeeze(1) == 0, 0)
+
+
+def segmentation_batch(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mode: Mode | None = None,
+    ignore_index: int | None = None,
+    pixel_weight: Tensor | None = None,
+    validate: bool = False,
+) -> Batch:
+    """The batch of a segmentation model.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``; ``(B, *)`` too where ``mode="binary"`` is stated.
+        target: class indices ``(B, *)`` or ``(B, 1, *)``, or values in [0, 1] of the logits' shape.
+        mode: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; None: one channel is binary, else
+            multiclass.
+        ignore_index: label of the pixels (multilabel: entries) that are left out.
+        pixel_weight: weight of each pixel, ``(B, *)`` or ``(B, 1, *)``.
+        validate: check the labels also where that makes the device wait.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    mode = _resolve_mode(logits, target, mode)
+    flat_binary = mode == "binary" and logits.shape[1:2] != (1,)
+    x = (logits.unsqueeze(1) if flat_binary else logits).flatten(2)
+    if x.dim() == 2:  # one score a class and image
+        x = x.unsqueeze(-1)
+    places = logits.shape[1:] if flat_binary else logits.shape[2:]
+    dense = mode != "multiclass" or target.shape == logits.shape
+    y = target.reshape(x.shape if dense else (x.shape[0], x.shape[2]))
+    if dense and mode == "multiclass" and ignore_index is not None:
+        raise ValueError("ignore_index needs class indices; leave pixels out by pixel_weight")
+    weight = _kept(y, ignore_index)
+    _check_labels(y, weight, (0, 1 if dense else x.shape[1] - 1), validate)
+    if weight is not None and not dense:
+        weight = weight.unsqueeze(1)
+    if pixel_weight is not None:
+        if pixel_weight.numel() != x.shape[0] * x.shape[2]:
+            raise ValueError(
+                f"pixel_weight {tuple(pixel_weight.shape)} does not fit logits "
+                f"{tuple(logits.shape)}: it holds one weight a pixel"
+            )
+        factor = pixel_weight.reshape(x.shape[0], 1, -1)
+        weight = factor if weight is None else factor * weight
+    return Batch(x, y, weight, places, mode)
+
+
+def detection_batch(
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int | None = None,
+    weight: Tensor | None = None,
+    validate: bool = False,
+) -> Batch:
+    """The batch of a detection head, or of any independent sigmoids.
+
+    Args:
+        inputs: logits, ``(*, K)``.
+        targets: values in [0, 1] of the same shape; or class indices ``(*)``, where -1 stands for
+            background and ``ignore_index`` for a row that is left out.
+        ignore_index: -2 by default among class indices.
+        weight: factor of each row or entry, broadcast to ``(*)`` or, with as many dimensions as
+            the inputs, to ``(*, K)``.
+        validate: check the labels also where that makes the device wait.
+
+    Raises:
+        ValueError: on shapes that do not fit or a label out of range.
+    """
+    dense = targets.shape == inputs.shape
+    if not dense and targets.shape != inputs.shape[:-1]:
+        raise ValueError(
+            f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} do not fit: targets "
+            "hold a value for each entry or a class index for each row of the last dimension; "
+            "the logits (B, C, *) of a segmentation model need a mode"
+        )
+    if dense and inputs.dim() < 2:  # loose entries: one class
+        inputs, targets = inputs.reshape(-1, 1), targets.reshape(-1, 1)
+        weight = None if weight is None else weight.reshape(-1, 1)
+    places, classes = inputs.shape[:-1], inputs.shape[-1]
+    images = inputs.shape[0] if inputs.dim() > 2 else 1
+
+    def channels_second(tensor: Tensor) -> Tensor:
+        return tensor.reshape(images, places.numel() // max(images, 1), -1).movedim(-1, 1)
+
+    x = channels_second(inputs)
+    if dense:
+        y = channels_second(targets)
+        kept = None if ignore_index is None else _kept(y, ignore_index)
+        _check_labels(y, kept, (0, 1), validate)
+    else:
+        y = targets.reshape(images, -1)
+        kept = _kept(y, -2 if ignore_index is None else ignore_index)
+        _check_labels(y, kept, (-1, classes - 1), validate)
+        kept = None if kept is None else kept.unsqueeze(1)
+    if weight is not None:
+        entries = weight.dim() == inputs.dim()
+        weight = weight.expand(inputs.shape if entries else places)
+        factor = channels_second(weight)
+        kept = factor if kept is None else factor * kept
+    return Batch(x, y, kept, places)
+
+
+def _resolve_mode(logits: Tensor, target: Tensor, mode: Mode | None) -> Mode:
+    shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
+    if logits.dim() < 2:
+        raise ValueError(f"logits must be (B, C, *), not {tuple(logits.shape)}")
+    batch, channels, *rest = logits.shape
+    same = target.shape == logits.shape
+    index = target.shape in ((batch, *rest), (batch, 1, *rest))
+    if mode is None:
+        if same and channels > 1:
+            raise ValueError(
+                f"{shapes} have one shape: state mode='multilabel' (independent classes) or "
+                "mode='multiclass' (probabilities that sum to 1)"
+            )
+        mode = "binary" if channels == 1 else "multiclass"
+    check_choice("mode", mode, Mode)
+    if mode == "multiclass" and channels == 1:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} have one channel, whose softmax is always 1; "
+            "use 'bce' or mode='binary'"
+        )
+    if not (same or (index and (mode == "multiclass" or channels == 1))):
+        raise ValueError(f"{shapes} do not fit together in mode {mode!r}")
+    return mode
+
+
+def _kept(y: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Where ``y`` is not ``ignore_index``; None where nothing can be.
+
+    Torch would compare a uint8 label with -100 modulo 256.
+    """
+    if ignore_index is None:
+        return None
+    if not (y.is_floating_point() or y.dtype == torch.bool):
+        limits = torch.iinfo(y.dtype)
+        if not limits.min <= ignore_index <= limits.max:
+            return None
+    return y != ignore_index
+
+
+def _check_labels(y: Tensor, kept: Tensor | None, limits: tuple[int, int], validate: bool) -> None:
+    """Raise on a label outside ``limits``, by name. Off the CPU only where asked to."""
+    low, high = limits
+    if y.dim() == 2 and y.is_floating_point():
+        raise ValueError(f"class indices must be integers, not {y.dtype}; call .long()")
+    if y.requires_grad:
+        raise ValueError("the target requires grad; detach it: losses do not differentiate it")
+    if not y.numel() or y.dtype == torch.bool or torch.compiler.is_compiling():
+        return
+    if not (validate or y.device.type == "cpu"):
+        return
+    smallest, largest = y.aminmax()
+    if low <= smallest and largest <= high:
+        return
+    wrong = ~((y >= low) & (y <= high))
+    if kept is not None:
+        wrong &= kept
+    if wrong.any():
+        raise ValueError(
+            f"target holds {y[wrong][0].item()}, which is outside of [{low}, {high}] and not the "
+            "ignore_index; relabel it or pass ignore_index"
+        )

@@ -1,0 +1,290 @@
+"""Region losses: formulas on the soft counts of each class.
+
+A formula sees ``tp``, ``pred`` and ``true`` (and ``fp``, ``fn``) of each class, pooled over the
+batch or of each image, and nothing of softmax, masks or ignored pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .base import (
+    Loss,
+    Reduction,
+    as_weights,
+    check_choice,
+    divide,
+    mean_of_sums,
+    register,
+    world_sum,
+)
+from .layout import Mode
+from .statistics import Need, Statistics, statistics
+
+Absent = Literal["skip", "penalise"]
+
+
+class RegionOptions(TypedDict, total=False):
+    """Options of every region loss.
+
+    Attributes:
+        mode: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; None: one channel is binary, else
+            multiclass.
+        ignore_index: label of the pixels that are left out of every sum.
+        class_weights: weight of each class in the mean over classes, ``(C,)``.
+        per_image: one loss for each image and their mean, instead of counts of the whole batch.
+        absent: what a class costs of which the target has nothing: it is left out of the mean
+            (``"skip"``), or costs its mean predicted probability (``"penalise"``).
+        reduction: ``"mean"`` over the classes, ``"sum"``, or ``"none"``: ``(C,)``, with
+            ``per_image`` ``(B, C)``.
+        sync: pool the counts of all processes.
+        validate: check the labels also where that makes the device wait.
+        pixel_weight: weight of each pixel, ``(B, *)``; a weight of 0 leaves the pixel out.
+    """
+
+    mode: Mode | None
+    ignore_index: int | None
+    class_weights: Tensor | Sequence[float] | None
+    per_image: bool
+    absent: Absent
+    reduction: str
+    sync: bool
+    validate: bool
+    pixel_weight: Tensor | None
+
+
+def dice_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    smooth: float = 0.0,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""One minus the Dice coefficient of each class (Milletari et al., arXiv:1606.04797).
+
+    .. math:: 1 - \frac{2 TP + s}{\sum p + \sum y + s}
+
+    The sums in the denominator are plain, not of squares.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        smooth: the s added to both; it makes small classes cost less.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    r = regions(logits, target, **options)
+    return r.reduce(1 - divide(2 * r.tp + smooth, r.pred + r.true + smooth))
+
+
+def jaccard_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    smooth: float = 0.0,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""One minus the soft Jaccard index (IoU) of each class (Rahman and Wang, ISVC 2016).
+
+    .. math:: 1 - \frac{TP + s}{\sum p + \sum y - TP + s}
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        smooth: the s added to both; it makes small classes cost less.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    r = regions(logits, target, **options)
+    return r.reduce(1 - divide(r.tp + smooth, r.pred + r.true - r.tp + smooth))
+
+
+def tversky_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    smooth: float = 0.0,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""One minus the Tversky index of each class (Salehi et al., arXiv:1706.05721).
+
+    .. math:: 1 - \frac{TP + s}{TP + \alpha FP + \beta FN + s}
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        alpha: weight of false positives; ``alpha = beta = 0.5`` is Dice, ``1`` is Jaccard.
+        beta: weight of false negatives; a larger one favours recall.
+        smooth: the s added to both; it makes small classes cost less.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    r = regions(logits, target, **options)
+    return r.reduce(1 - r.tversky(alpha, beta, smooth))
+
+
+def focal_tversky_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    gamma: float = 0.75,
+    smooth: float = 0.0,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""A power of the Tversky loss of each class (Abraham and Khan, arXiv:1810.07842).
+
+    .. math:: \left(1 - \frac{TP + s}{TP + \alpha FP + \beta FN + s}\right)^\gamma
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        alpha: weight of false positives.
+        beta: weight of false negatives.
+        gamma: the exponent. The paper writes 1 / gamma with gamma = 4 / 3, which is the default
+            here; below 1 the gradient grows for classes that are nearly right, above 1 for
+            those that are not.
+        smooth: the s added to both; it makes small classes cost less.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    r = regions(logits, target, **options)
+    loss = 1 - r.tversky(alpha, beta, smooth)
+    # The slope at 0 is infinite for gamma < 1: a perfect class costs 0 and has no gradient.
+    tiny = torch.finfo(loss.dtype).eps
+    return r.reduce(torch.where(loss > tiny, loss.clamp(min=tiny).pow(gamma), 0))
+
+
+@dataclass
+class Regions:
+    """Soft counts of each class, ``(C,)`` of the batch or ``(B, C)`` of each image."""
+
+    tp: Tensor
+    pred: Tensor
+    true: Tensor
+    valid: Tensor
+    class_weights: Tensor | None
+    per_image: bool
+    absent: str
+    reduction: str
+    sync: bool
+
+    @property
+    def fp(self) -> Tensor:
+        return self.pred - self.tp
+
+    @property
+    def fn(self) -> Tensor:
+        return self.true - self.tp
+
+    def tversky(self, alpha: float, beta: float, smooth: float) -> Tensor:
+        """The Tversky index."""
+        return divide(self.tp + smooth, self.tp + alpha * self.fp + beta * self.fn + smooth)
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        """The losses of the classes as the options ask: absent classes, weights, reduction."""
+        present = self.true > 0
+        weights = present.to(loss.dtype)
+        loss = torch.where(present, loss, 0)
+        if self.absent == "penalise":
+            loss = torch.where(present, loss, divide(self.pred, self.valid))
+            weights = torch.ones_like(loss)
+        if self.class_weights is not None:
+            weights = weights * self.class_weights
+        if self.reduction == "none":
+            return loss * weights
+        total = (loss * weights).sum(-1)
+        if self.reduction == "sum":
+            return total.sum()
+        if self.per_image:
+            return mean_of_sums(total, weights.sum(-1), per_image=True, sync=self.sync)
+        return divide(total, weights.sum(-1))
+
+
+def regions(
+    logits: Tensor | Statistics,
+    target: Tensor | None,
+    *,
+    mode: Mode | None = None,
+    ignore_index: int | None = None,
+    class_weights: Tensor | Sequence[float] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    reduction: str = "mean",
+    sync: bool = False,
+    validate: bool = False,
+    pixel_weight: Tensor | None = None,
+) -> Regions:
+    """Count, or take the counts that are there, and pool them as asked."""
+    check_choice("absent", absent, Absent)
+    check_choice("reduction", reduction, Reduction)
+    s = statistics(
+        logits,
+        target,
+        ["regions"],
+        mode=mode,
+        ignore_index=ignore_index,
+        pixel_weight=pixel_weight,
+        validate=validate,
+    )
+    counts = torch.stack((s.tp, s.pred, s.true, s.batch.valid()))
+    if not per_image:
+        counts = world_sum(counts.sum(1), sync)
+    tp, pred, true, valid = counts.unbind()
+    weights = as_weights(class_weights)
+    return Regions(tp, pred, true, valid, weights, per_image, absent, reduction, sync)
+
+
+class RegionLoss(Loss):
+    """A loss that is a formula on the counts of each class."""
+
+    common = staticmethod(regions)
+    shared = ("mode", "ignore_index", "validate")
+
+    def needs(self) -> list[Need]:
+        return ["regions"]
+
+
+@register("dice", "segmentation")
+class DiceLoss(RegionLoss):
+    """Module form of :func:`dice_loss`."""
+
+    function = staticmethod(dice_loss)
+
+
+@register("jaccard", "segmentation")
+class JaccardLoss(RegionLoss):
+    """Module form of :func:`jaccard_loss`."""
+
+    function = staticmethod(jaccard_loss)
+
+
+@register("tversky", "segmentation")
+class TverskyLoss(RegionLoss):
+    """Module form of :func:`tversky_loss`."""
+
+    function = staticmethod(tversky_loss)
+
+
+@register("focal_tversky", "segmentation")
+class FocalTverskyLoss(RegionLoss):
+    """Module form of :func:`focal_tversky_loss`."""
+
+    function = staticmethod(focal_tversky_loss)

@@ -1,0 +1,234 @@
+"""Loss strings: ``"giou + 0.5*l1 + focal(gamma=1.5)"`` makes a :class:`LossSum`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .base import LOSSES, Kind, Loss, check_choice
+from .statistics import statistics
+
+
+class SpecError(ValueError):
+    """A loss string that cannot be read; the message points at the column."""
+
+
+def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
+    """Make the loss that a string describes.
+
+    A string is ``term + term + ...``, a term ``[weight *] name [(option=literal, ...)]``, the name
+    one of :data:`LOSSES`. It is parsed, never evaluated.
+
+    Args:
+        spec: the loss string.
+        kind: what the losses will be given: ``"segmentation"``, ``"classification"``, ``"boxes"``
+            or ``"deltas"``. None where the terms tell; ``bce`` and ``focal`` alone are then losses
+            of a detection head. Terms of several kinds, ``"giou+focal"``, are for an adapter.
+        **defaults: options for every term that has them and does not set them itself.
+
+    Raises:
+        SpecError: naming the column, and the nearest name.
+
+    Example:
+        >>> criterion = build_loss("0.5*ce + dice(smooth=1)", ignore_index=255)
+        >>> loss = criterion(logits, masks)
+        >>> criterion.values
+        {'ce': tensor(0.3466), 'dice': tensor(0.5049)}
+    """
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        column = getattr(error, "offset", None) or 1
+        raise _error(spec.strip(), column, "is not a loss string like 'giou + 0.5*l1'") from None
+    terms = [_term(node, spec.strip(), defaults) for node in _summands(tree)]
+    unused = [key for key in defaults if not any(key in term.options for _, term in terms)]
+    if unused:
+        raise SpecError(f"no term of {spec!r} has the option {unused[0]!r}")
+    return LossSum(terms, kind)
+
+
+def _summands(node: ast.expr) -> Iterator[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from _summands(node.left)
+        yield from _summands(node.right)
+    else:
+        yield node
+
+
+def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, Loss]:
+    weight = 1.0
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        if not (isinstance(node.left, ast.Constant) and type(node.left.value) in (int, float)):
+            raise _error(spec, node.left.col_offset + 1, "a weight is a number, as in '0.5*l1'")
+        weight, node = float(ast.literal_eval(node.left)), node.right
+    call = node
+    keywords = []
+    if isinstance(node, ast.Call):
+        if node.args:
+            raise _error(spec, node.args[0].col_offset + 1, "options are given as name=value")
+        call, keywords = node.func, node.keywords
+    if not isinstance(call, ast.Name):
+        raise _error(spec, call.col_offset + 1, "expected the name of a loss")
+    if call.id not in LOSSES:
+        raise _error(spec, call.col_offset + 1, f"no loss {call.id!r}{_nearest(call.id, LOSSES)}")
+    cls = LOSSES[call.id]
+    known = cls.defaults()
+    options = {key: value for key, value in defaults.items() if key in known}
+    for keyword in keywords:
+        column = keyword.col_offset + 1
+        if keyword.arg not in known:
+            hint = _nearest(str(keyword.arg), known)
+            raise _error(spec, column, f"{call.id} has no option {keyword.arg!r}{hint}")
+        try:
+            options[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise _error(spec, column, f"the value of {keyword.arg!r} is not a literal") from None
+    try:
+        return weight, cls(**options)
+    except (ValueError, TypeError) as error:
+        raise _error(spec, call.col_offset + 1, str(error)) from None
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    choices = ", ".join(sorted(known))
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {choices}"
+
+
+def _error(spec: str, column: int, message: str) -> SpecError:
+    return SpecError(f"loss {spec!r}, column {column}: {message}")
+
+
+class LossSum(nn.Module):
+    """A weighted sum of losses; those of one kind of input are computed in one pass.
+
+    After a call ``values`` holds the weighted value of each term, detached; they sum to the
+    result.
+
+    Args:
+        terms: the weights and losses.
+        kind: what the losses will be given, see :func:`build_loss`.
+
+    Raises:
+        SpecError: where a term cannot be given ``kind``, or has ``reduction="none"`` beside others.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, Loss]], kind: Kind | None = None) -> None:
+        super().__init__()
+        self.weights = [weight for weight, _ in terms]
+        self.terms: Any = nn.ModuleList(loss for _, loss in terms)
+        self.names = _unique([loss.name for _, loss in terms])
+        self.values: dict[str, Tensor] = {}
+        if len(terms) > 1 and any(loss.options["reduction"] == "none" for _, loss in terms):
+            raise SpecError(f"{self!r}: reduction='none' has no meaning in a sum")
+        shared = set.intersection(*(set(loss.kinds) for _, loss in terms))
+        if kind is not None:
+            check_choice("kind", kind, Kind)
+            for _, loss in terms:
+                if kind not in loss.kinds:
+                    raise SpecError(
+                        f"{loss.name!r} is a loss of {' or '.join(loss.kinds)}, not of {kind}; "
+                        f"of {kind} there are {', '.join(names_of_kind(kind))}"
+                    )
+        self.kind = kind or next((each for each in get_args(Kind) if each in shared), None)
+        self.groups = self._groups() if self.kind == "segmentation" else []
+
+    def forward(self, prediction: Any, target: Tensor, **call: Any) -> Tensor:
+        """The sum; ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves."""
+        return functools.reduce(operator.add, self.compute(prediction, target, **call).values())
+
+    def compute(self, prediction: Any, target: Tensor, **call: Any) -> dict[str, Tensor]:
+        """The weighted value of each term, attached to the graph."""
+        if self.kind is None:
+            raise TypeError(f"{self!r} mixes kinds of input; use_losses(model, spec) routes them")
+        results: dict[int, Tensor] = {}
+        for members in self.groups:
+            losses = [self.terms[index] for index in members]
+            shared: Any = {key: loss.options[key] for loss in losses for key in loss.shared}
+            needs = [need for loss in losses for need in loss.needs()]
+            found = statistics(prediction, target, needs, **shared, **call)
+            results |= {index: loss(found) for index, loss in zip(members, losses, strict=True)}
+        for index, loss in enumerate(self.terms):
+            if index not in results:
+                results[index] = loss(prediction, target, **call)
+        values = {
+            name: results[index] * weight for index, (name, weight, _) in enumerate(self.items())
+        }
+        self.values = {name: value.detach() for name, value in values.items()}
+        return values
+
+    def items(self) -> Iterator[tuple[str, float, Loss]]:
+        """Name, weight and loss of each term."""
+        return zip(self.names, self.weights, self.terms, strict=True)
+
+    def _groups(self) -> list[list[int]]:
+        """The terms that can share one pass: their options of the pass do not contradict."""
+        groups: list[tuple[dict[str, Any], list[int]]] = []
+        for index, loss in enumerate(self.terms):
+            options = {key: loss.options[key] for key in loss.shared}
+            if not options:
+                continue
+            for known, members in groups:
+                if all(_equal(known.get(key, value), value) for key, value in options.items()):
+                    known.update(options)
+                    members.append(index)
+                    break
+            else:
+                groups.append((options, [index]))
+        return [members for _, members in groups]
+
+    def __repr__(self) -> str:
+        return " + ".join(
+            repr(loss) if weight == 1 else f"{weight:g}*{loss!r}"
+            for _, weight, loss in self.items()
+        )
+
+
+class CEDiceLoss(LossSum):
+    """Cross entropy plus Dice in one pass: ``build_loss("ce + dice")`` by its usual name.
+
+    Args:
+        ce_weight: weight of the cross entropy.
+        dice_weight: weight of the Dice loss.
+        **options: options of :func:`cross_entropy_loss`, :func:`dice_loss`, or both.
+
+    Raises:
+        TypeError: on an option that neither loss has.
+    """
+
+    def __init__(self, ce_weight: float = 1.0, dice_weight: float = 1.0, **options: Any) -> None:
+        ce, dice = LOSSES["ce"], LOSSES["dice"]
+        ce_options = {key: value for key, value in options.items() if key in ce.defaults()}
+        dice_options = {
+            key: value
+            for key, value in options.items()
+            if key in dice.defaults() or key not in ce_options
+        }
+        terms = [(ce_weight, ce(**ce_options)), (dice_weight, dice(**dice_options))]
+        super().__init__(terms, "segmentation")
+
+
+def names_of_kind(kind: Kind) -> list[str]:
+    """The names of all losses that can eat this kind of input."""
+    return sorted(name for name, loss in LOSSES.items() if kind in loss.kinds)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Number the second and later of equal names: ``l1``, ``l1_2``."""
+    return [
+        name if name not in names[:index] else f"{name}_{names[:index].count(name) + 1}"
+        for index, name in enumerate(names)
+    ]

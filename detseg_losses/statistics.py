@@ -1,0 +1,288 @@
+"""The engine of the segmentation losses: what they need to know of the logits, in one pass.
+
+Every region loss is a formula on the soft counts of each image and class, every pixel loss one on
+the negative log likelihood of each pixel. :func:`statistics` computes these small tensors, and
+ordinary autograd flows through them; the gradient of the logits is one more pass in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .base import WHOLE, Block, blocks, compute_dtype
+from .layout import Batch, Mode, labels_of, segmentation_batch
+from .pointwise import Formula, Predicted, TruePositive, pointwise
+
+Need = Literal["regions", "nll", "smooth"] | Formula
+"""What a loss asks of the engine: region counts, one of the maps, or the sums of a formula."""
+
+
+@dataclass
+class Statistics:
+    """What the losses of one batch share; a loss takes it in place of logits and target.
+
+    Only what was asked for is there.
+
+    Attributes:
+        batch: the batch that they are of.
+        class_weights: what ``smooth`` and the ``nll`` of a dense target were weighted with.
+        tp: soft true positives ``sum p * y``, ``(B, C)``.
+        pred: soft count of what is predicted, ``sum p``, ``(B, C)``.
+        true: count of what is there, ``sum y``, ``(B, C)``.
+        nll: negative log likelihood of each pixel, ``(B, P)``; 0 where it is left out.
+        smooth: ``-sum_c w_c log p_c`` of each pixel, with ``w`` the class weights or 1,
+            ``(B, P)``; 0 where it is left out.
+        sums: for each formula of a sigmoid loss its sums, ``(B, C)``.
+    """
+
+    batch: Batch
+    class_weights: Tensor | None = None
+    tp: Tensor = field(init=False)
+    pred: Tensor = field(init=False)
+    true: Tensor = field(init=False)
+    nll: Tensor = field(init=False)
+    smooth: Tensor = field(init=False)
+    sums: dict[Formula, Tensor] = field(default_factory=dict)
+
+
+def statistics(
+    logits: Tensor | Statistics,
+    target: Tensor | None,
+    needs: Iterable[Need],
+    *,
+    mode: Mode | None = None,
+    ignore_index: int | None = None,
+    pixel_weight: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    validate: bool = False,
+) -> Statistics:
+    """Compute what losses need to know of the logits, once for all of them.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``; statistics are returned as they are.
+        target: class indices ``(B, *)`` or ``(B, 1, *)``, or values in [0, 1] of the logits' shape.
+        needs: what to compute.
+        mode: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; None: one channel is binary, else
+            multiclass.
+        ignore_index: label of the pixels that are left out of every sum.
+        pixel_weight: weight of each pixel, ``(B, *)``; a weight of 0 leaves the pixel out.
+        class_weights: ``(C,)``; enters ``smooth`` and the ``nll`` of a dense target.
+        validate: check the labels also where that makes the device wait.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, a label out of range,
+            a target that requires grad, or a need that has no meaning in the mode.
+    """
+    if isinstance(logits, Statistics):
+        return logits
+    if target is None:
+        raise TypeError("the target is missing")
+    batch = segmentation_batch(
+        logits,
+        target,
+        mode=mode,
+        ignore_index=ignore_index,
+        pixel_weight=pixel_weight,
+        validate=validate,
+    )
+    needs = set(needs)
+    formulas = [need for need in needs if isinstance(need, Formula)]
+    result = Statistics(batch)
+    if batch.mode == "multiclass":
+        if class_weights is not None:
+            result.class_weights = class_weights = class_weights.to(batch.dtype)
+        wants = ("nll" in needs, "smooth" in needs, "regions" in needs)
+        if any(wants):
+            found = _Softmax.apply(batch.logits, batch.target, batch.weight, class_weights, wants)
+            result.nll, result.smooth, result.tp, result.pred = found
+    elif needs & {"nll", "smooth"}:
+        raise ValueError(
+            f"a softmax over classes has no meaning in mode {batch.mode!r}; use 'bce' or 'focal', "
+            "or a model with a channel for each class"
+        )
+    elif "regions" in needs:
+        formulas += [Predicted(), TruePositive()]
+    if formulas:
+        result.sums = dict(zip(formulas, pointwise(batch, formulas), strict=True))
+    if "regions" in needs:
+        result.true = _true(batch)
+        if batch.mode != "multiclass":
+            result.pred, result.tp = result.sums[Predicted()], result.sums[TruePositive()]
+    return result
+
+
+def _true(batch: Batch) -> Tensor:
+    """The count of what is there, ``(B, C)``."""
+    y, w = batch.target, batch.weight
+    if batch.dense:
+        if w is not None:
+            y = y.masked_fill(w == 0, 0) * w
+        return y.sum(-1, dtype=batch.dtype)
+    ones = batch.logits.new_ones((), dtype=batch.dtype)
+    counts = ones.expand(y.shape) if w is None else w.squeeze(1).to(batch.dtype)
+    return _class_sums(counts, batch.labels(), batch.logits.shape[1])
+
+
+def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Sum values ``(B, P)`` by label: ``(B, C)``."""
+    return values.new_zeros(labels.shape[0], classes).scatter_add(1, labels, values)
+
+
+class _Softmax(torch.autograd.Function):
+    """nll and smooth ``(B, P)``, tp and pred ``(B, C)`` of logits ``(B, C, P)``, where wanted."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        class_weights: Tensor | None,
+        wants: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        images, classes, places = logits.shape
+        dtype = compute_dtype(logits.dtype)
+        tiles = blocks(logits)
+        nll = logits.new_empty((images, places), dtype=dtype) if wants[0] else None
+        smooth = logits.new_empty((images, places), dtype=dtype) if wants[1] else None
+        counts = logits.new_zeros((2, tiles[-1].part + 1, images, classes), dtype=dtype)
+        for tile in tiles:
+            block = _SoftmaxBlock(tile, logits, target, weight, class_weights)
+            if nll is not None:
+                tile.of(nll).copy_(block.nll())
+            if smooth is not None:
+                tile.of(smooth).copy_(block.smooth())
+            if wants[2]:
+                counts[0, tile.part, tile.rows], counts[1, tile.part, tile.rows] = block.regions()
+        tp, pred = counts.sum(1).unbind() if wants[2] else (None, None)
+        return nll, smooth, tp, pred
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, *others = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
+            gradient = _SoftmaxBlock(WHOLE, logits, *others).gradient(*grads)
+            return gradient.to(logits.dtype), None, None, None, None
+        result = torch.empty_like(logits)
+        for tile in blocks(logits):
+            maps = (None if g is None else tile.of(g) for g in grads[:2])
+            counts = (None if g is None else g[tile.rows] for g in grads[2:])
+            tile.of(result).copy_(_SoftmaxBlock(tile, logits, *others).gradient(*maps, *counts))
+        return result, None, None, None, None
+
+
+class _SoftmaxBlock:
+    """The probabilities of one block, ``(b, C, n)``, and the formulas on them."""
+
+    def __init__(
+        self,
+        tile: Block,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        class_weights: Tensor | None,
+    ) -> None:
+        self.x = tile.of(logits).to(compute_dtype(logits.dtype))
+        self.w = None if weight is None else tile.of(weight)
+        if self.w is not None:
+            self.x = self.x.masked_fill(self.w == 0, 0)  # what is left out may even be infinite
+        self.p = self.x.softmax(1)
+        self.class_weights = None if class_weights is None else class_weights[:, None]
+        self.dense = target.dim() == 3
+        if self.dense:
+            self.y = tile.of(target).to(self.x.dtype)
+        else:
+            self.labels = labels_of(tile.of(target), self.w)
+            self.index = self.labels.unsqueeze(1)
+
+    def kept(self, values: Tensor) -> Tensor:
+        """A map ``(b, n)`` without what is left out."""
+        return values if self.w is None else values.masked_fill(self.w.squeeze(1) == 0, 0)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        return values if self.w is None else values * self.w
+
+    def log_sum(self) -> Tensor:
+        """``log sum_c exp(x_c - max x)``: the largest probability never underflows."""
+        return -self.p.amax(1).log()
+
+    def nll(self) -> Tensor:
+        top = self.x.amax(1)
+        if not self.dense:
+            return self.kept(top - self.x.gather(1, self.index).squeeze(1) + self.log_sum())
+        return self.kept((self.target_weights() * self.minus_log_p()).sum(1))
+
+    def smooth(self) -> Tensor:
+        minus_log_p = self.minus_log_p()
+        if self.class_weights is not None:
+            minus_log_p = minus_log_p * self.class_weights
+        return self.kept(minus_log_p.sum(1))
+
+    def minus_log_p(self) -> Tensor:
+        return (self.x.amax(1, keepdim=True) - self.x) + self.log_sum().unsqueeze(1)
+
+    def target_weights(self) -> Tensor:
+        """The weight of each class in the nll of a dense target."""
+        return self.y if self.class_weights is None else self.y * self.class_weights
+
+    def regions(self) -> tuple[Tensor, Tensor]:
+        """tp and pred of this block, ``(b, C)``."""
+        pred = self.weighted(self.p)
+        if self.dense:
+            return (pred * self.y).sum(-1), pred.sum(-1)
+        hit = pred.gather(1, self.index).squeeze(1)
+        return _class_sums(hit, self.labels, self.p.shape[1]), pred.sum(-1)
+
+    def gradient(
+        self, nll: Tensor | None, smooth: Tensor | None, tp: Tensor | None, pred: Tensor | None
+    ) -> Tensor:
+        r"""The gradient of the logits from those of the statistics.
+
+        It is :math:`p_c (G_c + r) + s_c`, where :math:`G` is the gradient of the probabilities
+        in the counts, and r and s collect :math:`-\sum_c p_c G_c` and the gradients of the maps,
+        which are linear in p.
+        """
+        counts = []  # G
+        rows = []  # r, one number a pixel
+        rest = []  # s
+        at_label = []  # s where c is the label
+        if pred is not None:
+            counts.append(self.weighted(pred.unsqueeze(-1)))
+        if tp is not None and self.dense:
+            counts.append(self.weighted(tp.unsqueeze(-1) * self.y))
+        if tp is not None and not self.dense:
+            hit = self.weighted(self.p.gather(1, self.index) * tp.gather(1, self.labels)[:, None])
+            at_label.append(hit)
+            rows.append(-hit)
+        if nll is not None:
+            nll = self.kept(nll).unsqueeze(1)
+            if self.dense:
+                rows.append(nll * self.target_weights().sum(1, keepdim=True))
+                rest.append(-nll * self.target_weights())
+            else:
+                rows.append(nll)
+                at_label.append(-nll)
+        if smooth is not None:
+            smooth = self.kept(smooth).unsqueeze(1)
+            ones = self.p.new_ones((self.p.shape[1], 1))
+            each = ones if self.class_weights is None else self.class_weights
+            rows.append(smooth * each.sum())
+            rest.append(-smooth * each)
+        if counts:
+            rows.append(-(self.p * sum(counts)).sum(1, keepdim=True))
+        gradient = self.p * sum([*counts, *rows])
+        if rest:
+            gradient = gradient + sum(rest)
+        if at_label:
+            gradient = gradient.scatter_add(1, self.index, torch.stack(at_label).sum(0))
+        return gradient
