@@ -197,23 +197,22 @@ def _evaluate(
     tile: Block,
 ) -> list[Tensor]:
     """The values or slopes of the formulas in one block."""
-    with torch.autocast(logits.device.type, enabled=False):
-        x, y = tile.of(logits).to(compute_dtype(logits.dtype)), tile.of(target)
-        w = None if weight is None else tile.of(weight)
-        if w is not None:
-            x = x.masked_fill(w == 0, 0)  # what is left out may even be infinite
-        results = []
-        if target.dim() == logits.dim():
-            s, y = Sigmoid(x), y.to(x.dtype)
-            results = [getattr(formula, method)(s, y) for formula in formulas]
-        else:
-            index = labels_of(y, w).unsqueeze(1)
-            positive = index >= 0
-            index = index.clamp(min=0)
-            s, at_index = Sigmoid(x), Sigmoid(x.gather(1, index))
-            for formula in formulas:
-                negatives = getattr(formula, method)(s, 0)
-                positives = getattr(formula.of_classes(index), method)(at_index, 1)
-                chosen = torch.where(positive, positives, negatives.gather(1, index))
-                results.append(negatives.scatter(1, index, chosen))
-        return results if w is None else [result * w for result in results]
+    x, y = tile.of(logits).to(compute_dtype(logits.dtype)), tile.of(target)
+    w = None if weight is None else tile.of(weight)
+    if w is not None:
+        x = x.masked_fill(w == 0, 0)  # what is left out may even be infinite
+    results = []
+    if target.dim() == logits.dim():
+        s, y = Sigmoid(x), y.to(x.dtype)
+        results = [getattr(formula, method)(s, y) for formula in formulas]
+    else:
+        index = labels_of(y, w).unsqueeze(1)
+        positive = index >= 0
+        index = index.clamp(min=0)
+        s, at_index = Sigmoid(x), Sigmoid(x.gather(1, index))
+        for formula in formulas:
+            negatives = getattr(formula, method)(s, 0)
+            positives = getattr(formula.of_classes(index), method)(at_index, 1)
+            chosen = torch.where(positive, positives, negatives.gather(1, index))
+            results.append(negatives.scatter(1, index, chosen))
+    return results if w is None else [result * w for result in results]
