@@ -1,7 +1,7 @@
 """A synthetic data set of simple shapes, written in COCO's format and drawn when first asked for.
 
 It stands in for real data where none is at hand: a small detector learns it in minutes, yet the
-shapes turn, differ in colour and size, overlap a little, and lie on a noisy background among
+shapes tilt, differ in colour and size, overlap a little, and lie on a noisy background among
 lines that are no objects.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("circle", "square", "triangle", "star")
 
-_VERSION = 1  # to be raised with any change to what is drawn: old directories are then left alone
+_VERSION = 2  # to be raised with any change to what is drawn: old directories are then left alone
 _SMALLEST = 8.5  # radius in pixels
 _FINER = 4  # shapes are drawn this much larger and averaged down, for smooth borders
 
@@ -109,13 +109,13 @@ def _draw(random: np.random.Generator, size: int) -> tuple[Image.Image, list[tup
     shapes = []
     for x, y, radius in sorted(placed, key=lambda circle: -circle[2]):
         label = int(random.integers(len(CLASSES)))
-        turn = random.uniform(0, 2 * math.pi)
-        points = (_OUTLINES[label](turn) * radius + (x, y)).clip(0, size).round(2)
+        tilt = random.uniform(-0.3, 0.3)
+        points = (_OUTLINES[label](tilt) * radius + (x, y)).clip(0, size).round(2)
         other_hue = hue + random.uniform(0.2, 0.8)
         colour = _colour(other_hue, random.uniform(0.55, 1), random.uniform(0.45, 1))
         picture.paste(colour, mask=_coverage(points, size))
         shapes.append((label, points))
-    noisy = np.asarray(picture) + random.normal(0, random.uniform(4, 14), (size, size, 3))
+    noisy = np.asarray(picture) + random.normal(0, random.uniform(3, 10), (size, size, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), shapes
 
 
@@ -141,7 +141,7 @@ def _place(random: np.random.Generator, size: int, number: int) -> list[tuple[fl
     """At most ``number`` circles (x, y, radius) inside the picture that overlap only a little."""
     placed: list[tuple[float, float, float]] = []
     for _ in range(10 * number):
-        radius = math.exp(random.uniform(math.log(_SMALLEST), math.log(0.25 * size)))
+        radius = random.uniform(_SMALLEST, 0.25 * size)
         x, y = random.uniform(radius, size - radius, 2).tolist()
         if all(math.dist((x, y), (u, v)) > 0.85 * (radius + r) for u, v, r in placed):
             placed.append((x, y, radius))
@@ -164,18 +164,23 @@ def _colour(hue: float, saturation: float, value: float) -> tuple[int, int, int]
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _regular(corners: int, *radii: float) -> Callable[[float], Points]:
-    """A polygon inscribed in the unit circle, as a function of its angle."""
+def _regular(corners: int, *radii: float, first: float = -math.pi / 2) -> Callable[[float], Points]:
+    """A polygon around the origin as a function of its tilt; the first corner is on top."""
 
-    def outline(turn: float) -> Points:
-        angles = turn + 2 * math.pi * np.arange(corners) / corners
+    def outline(tilt: float) -> Points:
+        angles = first + tilt + 2 * math.pi * np.arange(corners) / corners
         radius = np.resize(radii, corners)
         return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 
     return outline
 
 
-_OUTLINES = (_regular(32, 1.0), _regular(4, 1.0), _regular(3, 1.0), _regular(10, 1.0, 0.45))
+_OUTLINES = (
+    _regular(32, 1.0),
+    _regular(4, 1.0, first=-math.pi / 4),
+    _regular(3, 1.0),
+    _regular(10, 1.0, 0.45),
+)
 
 
 def _area(points: Points) -> float:
