@@ -1,0 +1,39 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: each makes .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The release that the tests ran with last; pyproject.toml says which others are allowed.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.PHONY: demo test lint wheel clean
+
+demo: .venv/ready
+	$(BIN)/python tools/train_det.py --loss giou+focal
+
+# One thread a process, for two threads each of two processes would stand in each other's way.
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Build the wheel and import it where there is no checkout to be found.
+wheel: .venv/ready
+	rm -rf dist build
+	$(BIN)/python -m build --wheel
+	rm -rf dist/site && $(BIN)/python -m pip install --quiet --no-deps --target dist/site dist/*.whl
+	cd dist && ../$(BIN)/python -I -c "import sys; sys.path.insert(0, 'site'); \
+	import detseg_losses, detseg_losses.integrations as i; \
+	assert 'site' in detseg_losses.__file__ and 'site' in i.__file__; \
+	print(detseg_losses.build_loss('giou + 0.5*l1 + focal'))"
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
