@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-# the tools are scripts, which find each other through the directory they lie in
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 
 @pytest.fixture(scope="session")

@@ -64,16 +64,18 @@ def test_shapes_are_drawn_where_the_masks_are(directory: Path) -> None:
     """Within a shape the picture has one colour and noise; all around it another."""
     masks = CocoSegmentation(*find_coco(directory, "train"))
     detection = CocoDetection(*find_coco(directory, "train"))
+    spreads, differences = [], []
     for index in range(10):
         for box, label in zip(detection[index].boxes, detection[index].labels, strict=True):
             x1, y1, x2, y2 = box.round().astype(int)
             inside = masks[index].mask[y1:y2, x1:x2] == label + 1
             pixels = detection[index].image[y1:y2, x1:x2].astype(float)
             assert inside.mean() > 0.2
-            spread = pixels[inside].std(axis=0).max()
-            difference = np.abs(pixels[inside].mean(0) - pixels[~inside].mean(0)).max()
-            assert spread < 35
-            assert difference > 10
+            spreads.append(pixels[inside].std(axis=0).max())
+            differences.append(np.abs(pixels[inside].mean(0) - pixels[~inside].mean(0)).max())
+    # typically: a neighbour of the same class may reach into the box, and colours may be alike
+    assert np.median(spreads) < 15
+    assert np.median(differences) > 40
 
 
 def test_equal_parameters_give_equal_bytes(directory: Path, tmp_path: Path) -> None:
