@@ -99,9 +99,8 @@ def segmentation_batch(
     """
     mode = _resolve_mode(logits, target, mode)
     flat_binary = mode == "binary" and logits.shape[1:2] != (1,)
-    x = (logits.unsqueeze(1) if flat_binary else logits).flatten(2)
-    if x.dim() == 2:  # one score a class and image
-        x = x.unsqueeze(-1)
+    x = logits.unsqueeze(1) if flat_binary else logits
+    x = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)  # one score a class and image: P = 1
     places = logits.shape[1:] if flat_binary else logits.shape[2:]
     dense = mode != "multiclass" or target.shape == logits.shape
     y = target.reshape(x.shape if dense else (x.shape[0], x.shape[2]))
