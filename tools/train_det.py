@@ -12,7 +12,7 @@ from common.config import DetectionConfig, parse_training
 from common.data import Batch, TrainingImages, load_data
 from common.engine import fit, start
 from common.errors import usage_errors
-from common.evaluate import detect, evaluate_detector
+from common.evaluate import check_classes, detect, evaluate_detector
 from common.models import build_detector, load_detector_weights
 from common.report import draw_detections, handful, plot_curves, print_metrics, write_metrics
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ def main() -> None:
     fabric, output = start(config)
     train = load_data(config.data, "detection", "train", config.seed, fabric.print)
     val = load_data(config.data, "detection", "val", config.seed, fabric.print)
+    check_classes(val, train.classes)
 
     detector = build_detector(config.model, config.data, train.classes, config.seed)
     if not config.resume:

@@ -12,7 +12,7 @@ from common.config import SegmentationConfig, parse_training
 from common.data import Batch, TrainingImages, load_data
 from common.engine import fit, start
 from common.errors import usage_errors
-from common.evaluate import evaluate_segmenter, normalize, segment
+from common.evaluate import check_classes, evaluate_segmenter, normalize, segment
 from common.models import build_segmenter, load_segmenter_weights
 from common.report import draw_masks, handful, plot_curves, print_metrics, write_metrics
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ def main() -> None:
     fabric, output = start(config)
     train = load_data(config.data, "segmentation", "train", config.seed, fabric.print)
     val = load_data(config.data, "segmentation", "val", config.seed, fabric.print)
+    check_classes(val, train.classes)
 
     segmenter = build_segmenter(config.model, config.data, train.classes, config.seed)
     if not config.resume:

@@ -227,8 +227,9 @@ class EvalSegmentationConfig:
 
 
 TrainingConfig = DetectionConfig | SegmentationConfig
-EvaluationConfig = EvalDetectionConfig | EvalSegmentationConfig
 T = TypeVar("T")
+TrainingT = TypeVar("TrainingT", DetectionConfig, SegmentationConfig)
+EvaluationT = TypeVar("EvaluationT", EvalDetectionConfig, EvalSegmentationConfig)
 
 
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -269,13 +270,7 @@ class _Parser(ArgumentParser):
         fail(message)
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with exit code 2 and the whole message in one line."""
-        fail(message)
-
-
-def parse_training(config_class: type[TrainingConfig], description: str | None) -> TrainingConfig:
+def parse_training(config_class: type[TrainingT], description: str | None) -> TrainingT:
     """Return the configuration of a training run; with ``--resume`` it starts from the stored one.
 
     Raises:
@@ -298,15 +293,15 @@ def parse_training(config_class: type[TrainingConfig], description: str | None) 
 
 
 def parse_evaluation(
-    config_class: type[EvaluationConfig], description: str | None
-) -> tuple[EvaluationConfig, dict[str, Any] | None]:
-    """Return the configuration of an evaluation, and the checkpoint if there is one.
+    config_class: type[EvaluationT], description: str | None
+) -> tuple[EvaluationT, dict[str, Any]]:
+    """Return the configuration of an evaluation, and the checkpoint (empty where none is named).
 
     The data is that of the checkpoint's run, as far as the options do not say otherwise.
     """
     parser = _parser(config_class, description)
     arguments = parser.parse_args()
-    checkpoint = None
+    checkpoint: dict[str, Any] = {}
     if arguments.checkpoint is not None:
         checkpoint = load_checkpoint(Path(arguments.checkpoint), config_class.task)
         parser.set_defaults({"data": checkpoint["config"]["data"]})

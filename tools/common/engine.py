@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed
 import yaml
 from lightning_fabric import Fabric
+from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
@@ -184,7 +185,7 @@ def fit(
 
 def _take_step(
     fabric: Fabric,
-    wrapped: nn.Module,
+    wrapped: _FabricModule,
     optimizer: Optimizer,
     batches: Iterator[Batch],
     losses: Losses,
@@ -245,7 +246,7 @@ def _equalize_buffers(fabric: Fabric, model: nn.Module) -> None:
 
 
 def _mean_over_processes(fabric: Fabric, values: dict[str, Tensor]) -> dict[str, float]:
-    mean = fabric.all_reduce(torch.stack(list(values.values())), reduce_op="mean")
+    mean = cast(Tensor, fabric.all_reduce(torch.stack(list(values.values())), reduce_op="mean"))
     return dict(zip(values, mean.tolist(), strict=True))
 
 

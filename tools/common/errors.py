@@ -23,8 +23,9 @@ def fail(message: object) -> NoReturn:
 
 @contextmanager
 def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Report errors of these kinds, and those that are only raised for the user to read."""
+    """Report errors of these kinds, by default those that are only raised for the user to read."""
+    reported = kinds or (UsageError, DataError)
     try:
         yield
-    except (UsageError, DataError, *kinds) as error:
+    except reported as error:
         fail(error)

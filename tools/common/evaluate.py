@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from common.config import DataConfig
 from common.data import Batch, Data, EvaluationImages, collate
+from common.errors import UsageError
 from detseg_losses.integrations.coco import coco_metrics
 from detseg_losses.integrations.samples import DataT, DetectionData, to_results
 from detseg_losses.integrations.voc import ConfusionMatrix
@@ -123,3 +125,19 @@ def evaluate_segmenter(
     matrix = confusion.matrix.to(fabric.device)
     confusion.matrix = cast(Tensor, fabric.all_reduce(matrix, reduce_op="sum")).cpu()
     return confusion.metrics(data.classes)
+
+
+def check_classes(data: Data, trained: list[str]) -> None:
+    """Refuse data whose classes are not those that a model was trained for.
+
+    Raises:
+        UsageError: naming the first difference.
+    """
+    if data.classes == trained:
+        return
+    for number, (here, there) in enumerate(zip_longest(data.classes, trained)):
+        if here != there:
+            raise UsageError(
+                f"class {number} is {here!r} in the validation data and {there!r} in training; "
+                "data.classes chooses classes and their order"
+            )

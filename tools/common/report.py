@@ -76,13 +76,13 @@ def plot_curves(output: Path, metric: str) -> None:
         axis.set_title("loss (sum of the terms)" if name == "loss" else name)
         axis.set_ylim(bottom=0)
     last = axes[0][-1]
-    steps, values = [row["step"] for row in judged], [row[metric] for row in judged]
-    last.plot(steps, values, color="tab:green", marker="o", markersize=4)
-    if values:
-        best = int(np.argmax(values))
+    epochs, scores = [row["epoch"] for row in judged], [row[metric] for row in judged]
+    last.plot(epochs, scores, color="tab:green", marker="o", markersize=4)
+    if scores:
+        best = int(np.argmax(scores))
         last.annotate(
-            f"best {values[best]:.3f}",
-            (steps[best], values[best]),
+            f"best {scores[best]:.3f}",
+            (epochs[best], scores[best]),
             xytext=(0, -12),
             textcoords="offset points",
             ha="right",
@@ -91,7 +91,7 @@ def plot_curves(output: Path, metric: str) -> None:
     last.set_title(f"validation {metric}")
     last.set_ylim(0, 1)
     for axis in axes[0]:
-        axis.set_xlabel("step")
+        axis.set_xlabel("epoch" if axis is last else "step")
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(output / "curves.png", dpi=120)
@@ -203,4 +203,5 @@ def _save(figure: Any, file: Path) -> None:
 def _colours(number: int) -> list[tuple[float, float, float]]:
     if number <= 10:
         return [to_rgb(f"C{i}") for i in range(number)]
-    return [tuple(plt.get_cmap("gist_ncar")(0.03 + 0.94 * i / number)[:3]) for i in range(number)]
+    colours = plt.get_cmap("gist_ncar")(np.linspace(0.03, 0.97, number))
+    return [(r, g, b) for r, g, b, _ in colours.tolist()]

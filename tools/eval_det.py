@@ -1,0 +1,71 @@
+"""Judge detections by COCO's average precision: those of a checkpoint, or those in a results file.
+
+With --checkpoint the data is that of the training run, unless data options say otherwise.
+With --predictions and --annotations two files are compared; no model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.config import DetectionConfig, EvalDetectionConfig, from_dict, parse_evaluation
+from common.data import load_data
+from common.errors import UsageError, usage_errors
+from common.evaluate import check_classes, detect
+from common.models import build_detector
+from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
+from lightning_fabric import Fabric
+
+from detseg_losses.integrations import use_losses
+from detseg_losses.integrations.coco import coco_metrics, load_annotations, load_results
+from detseg_losses.integrations.voc import voc_metrics
+
+
+@usage_errors()
+def main() -> None:
+    """Run the tool."""
+    config, checkpoint = parse_evaluation(EvalDetectionConfig, __doc__)
+    if checkpoint:
+        truth, results = _detect(config, checkpoint)
+    elif config.predictions is not None and config.annotations is not None:
+        truth = load_annotations(Path(config.annotations))
+        results = load_results(Path(config.predictions))
+    else:
+        raise UsageError("give --checkpoint, or --predictions together with --annotations")
+
+    metrics = coco_metrics(truth, results)
+    print_metrics(metrics)
+    if config.voc is not None:
+        voc = voc_metrics(truth, results, eleven_point=config.voc == 2007)
+        metrics["voc"] = voc
+        print_table(f"VOC {config.voc} AP", {"mean": voc["mAP"], **voc["per_class"]})
+    if config.output is not None:
+        write_metrics(Path(config.output), metrics)
+        print(f"results: {config.output}")
+
+
+def _detect(
+    config: EvalDetectionConfig, checkpoint: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The ground truth and what the detector of the checkpoint finds."""
+    run = from_dict(DetectionConfig, checkpoint["config"])
+    fabric = Fabric(devices=1, precision=run.train.precision)
+    data = load_data(config.data, "detection", "val", run.seed, print)
+    check_classes(data, checkpoint["classes"])
+    detector = build_detector(run.model, config.data, data.classes, run.seed)
+    use_losses(detector, run.loss)
+    detector.load_state_dict(checkpoint["model"])
+    detector.to(fabric.device)
+    results = detect(fabric, detector, data, config.data, config.batch_size)
+    if config.output is not None:
+        output = Path(config.output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
+        draw_detections(handful(data), results, output / "predictions.png")
+    return data.ground_truth(), results
+
+
+if __name__ == "__main__":
+    main()
