@@ -40,11 +40,11 @@ class Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = self.defaults()
+        self.known = self.defaults()  # held, for torch.compile cannot read signatures
         for option, value in options.items():
-            if option not in known:
+            if option not in self.known:
                 raise TypeError(
-                    f"{self.name} has no option {option!r}; it has {', '.join(sorted(known))}"
+                    f"{self.name} has no option {option!r}; it has {', '.join(sorted(self.known))}"
                 )
             if option == "reduction":
                 check_choice("reduction", value, Reduction)
@@ -72,19 +72,18 @@ class Loss(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         """Every option with its value in this module."""
-        return self.defaults() | self.given | dict(self.named_buffers(recurse=False))
+        return self.known | self.given | dict(self.named_buffers(recurse=False))
 
     def forward(self, prediction: Any, target: Tensor | None = None, **call: Any) -> Tensor:
         """The loss; ``call`` holds weights of this batch and may override the options."""
         return type(self).function(prediction, target, **(self.options | call))
 
     def __repr__(self) -> str:
-        defaults = self.defaults()
         arguments = []
         for option, value in self.options.items():
             if isinstance(value, Tensor):
                 arguments.append(f"{option}={value.tolist()}")
-            elif value != defaults[option]:
+            elif value != self.known[option]:
                 arguments.append(f"{option}={value!r}")
         return f"{self.name}({', '.join(arguments)})" if arguments else self.name
 

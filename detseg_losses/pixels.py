@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypedDict
 
 import torch
@@ -109,10 +108,13 @@ def softmax_focal_loss(
 
 @dataclass
 class Pixels:
-    """Maps over the pixels, ``(B, P)``, and their mean."""
+    """Maps over the pixels, ``(B, P)``, and their mean.
+
+    ``class_weight`` is the weight of each pixel's class; None where there is none to apply.
+    """
 
     statistics: Statistics
-    class_weights: Tensor | None
+    class_weight: Tensor | None
     per_image: bool
     reduction: str
     sync: bool
@@ -129,13 +131,6 @@ class Pixels:
     @property
     def smooth(self) -> Tensor:
         return self.statistics.smooth
-
-    @cached_property
-    def class_weight(self) -> Tensor | None:
-        """The weight of each pixel's class; None where there is none to apply."""
-        if self.class_weights is None or self.batch.dense:
-            return None
-        return self.class_weights.to(self.batch.dtype)[self.batch.labels()]
 
     def weighted(self, values: Tensor) -> Tensor:
         """Values times the weight of each pixel's class."""
@@ -183,7 +178,10 @@ def pixels(
         class_weights=weights,
         validate=validate,
     )
-    return Pixels(s, weights, per_image, reduction, sync)
+    class_weight = None
+    if weights is not None and not s.batch.dense:
+        class_weight = weights.to(s.batch.dtype)[s.batch.labels()]
+    return Pixels(s, class_weight, per_image, reduction, sync)
 
 
 class PixelLoss(Loss):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -53,11 +52,11 @@ class Sigmoid:
         # Several times faster than torch.log1p on a CPU, and right to 2e-7 relative.
         self.log1p = (e - (u - 1)).mul_(r).add_(u.log_())
 
-    @cached_property
+    @property
     def neg(self) -> Tensor:
         return F.softplus(self.x) if self.differentiable else self.x.relu() + self.log1p
 
-    @cached_property
+    @property
     def pos(self) -> Tensor:
         return F.softplus(-self.x) if self.differentiable else (-self.x).relu_() + self.log1p
 
