@@ -166,7 +166,6 @@ def _sigmoid_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     check_choice("reduction", reduction, Reduction)
-    each = 1.0 if class_weights is None else as_weights(class_weights)
     if isinstance(inputs, Statistics):
         batch = inputs.batch
     elif targets is None:
@@ -184,6 +183,7 @@ def _sigmoid_loss(
             pixel_weight=weight,
             validate=validate,
         )
+    each = 1.0 if class_weights is None else batch.per_class(class_weights)
     if reduction == "none":
         (values,) = pointwise(batch, [formula], summed=False)
         return batch.entries(values * column(each))

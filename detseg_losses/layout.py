@@ -8,7 +8,7 @@ whatever memory order the logits have.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,14 +27,14 @@ class Batch:
         target: class indices ``(B, P)``, or values in [0, 1] ``(B, C, P)``.
         weight: factor of each place ``(B, 1, P)`` or entry ``(B, C, P)``, bool or floating; None
             where everything counts. What has weight 0 is left out.
-        places: the shape that ``P`` stands for.
+        shape: the shape that the logits came in.
         mode: how a segmentation model's channels are read; None in a detection head.
     """
 
     logits: Tensor
     target: Tensor
     weight: Tensor | None
-    places: torch.Size
+    shape: torch.Size
     mode: Mode | None = None
 
     @property
@@ -60,13 +60,27 @@ class Batch:
 
     def entries(self, values: Tensor) -> Tensor:
         """Values ``(B, C, P)`` in the shape that the logits came in."""
-        if self.mode is None:
-            return values.movedim(1, -1).reshape(*self.places, -1)
-        return values.reshape(*values.shape[:2], *self.places)
+        return (values if self.mode else values.movedim(1, -1)).reshape(self.shape)
 
     def pixels(self, values: Tensor) -> Tensor:
         """Values ``(B, P)`` as a map ``(B, *)``."""
-        return values.reshape(-1, *self.places)
+        return values.reshape(self.shape[0], *self.shape[2:])
+
+    def per_class(self, weights: Any) -> Any:
+        """Numbers of the classes as a tensor ``(C,)`` beside the logits; None as it is.
+
+        Raises:
+            ValueError: on another number of weights.
+        """
+        if weights is None:
+            return None
+        weights = torch.as_tensor(weights, dtype=self.dtype, device=self.logits.device)
+        check_constant("weights of the classes", weights)
+        if weights.dim() and weights.shape != self.logits.shape[1:2]:
+            raise ValueError(
+                f"weights of the shape {tuple(weights.shape)} for {self.logits.shape[1]} classes"
+            )
+        return weights
 
 
 def labels_of(target: Tensor, weight: Tensor | None) -> Tensor:
@@ -101,7 +115,6 @@ def segmentation_batch(
     flat_binary = mode == "binary" and logits.shape[1:2] != (1,)
     x = logits.unsqueeze(1) if flat_binary else logits
     x = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)  # one score a class and image: P = 1
-    places = logits.shape[1:] if flat_binary else logits.shape[2:]
     dense = mode != "multiclass" or target.shape == logits.shape
     y = target.reshape(x.shape if dense else (x.shape[0], x.shape[2]))
     if dense and mode == "multiclass" and ignore_index is not None:
@@ -111,6 +124,7 @@ def segmentation_batch(
     if weight is not None and not dense:
         weight = weight.unsqueeze(1)
     if pixel_weight is not None:
+        check_constant("pixel_weight", pixel_weight)
         if pixel_weight.numel() != x.shape[0] * x.shape[2]:
             raise ValueError(
                 f"pixel_weight {tuple(pixel_weight.shape)} does not fit logits "
@@ -118,7 +132,7 @@ def segmentation_batch(
             )
         factor = pixel_weight.reshape(x.shape[0], 1, -1)
         weight = factor if weight is None else factor * weight
-    return Batch(x, y, weight, places, mode)
+    return Batch(x, y, weight, logits.shape, mode)
 
 
 def detection_batch(
@@ -150,14 +164,16 @@ def detection_batch(
             "hold a value for each entry or a class index for each row of the last dimension; "
             "the logits (B, C, *) of a segmentation model need a mode"
         )
+    shape = inputs.shape
     if dense and inputs.dim() < 2:  # loose entries: one class
         inputs, targets = inputs.reshape(-1, 1), targets.reshape(-1, 1)
         weight = None if weight is None else weight.reshape(-1, 1)
     places, classes = inputs.shape[:-1], inputs.shape[-1]
     images = inputs.shape[0] if inputs.dim() > 2 else 1
+    length = places.numel() // max(images, 1)
 
-    def channels_second(tensor: Tensor) -> Tensor:
-        return tensor.reshape(images, places.numel() // max(images, 1), -1).movedim(-1, 1)
+    def channels_second(tensor: Tensor, channels: int = classes) -> Tensor:
+        return tensor.reshape(images, length, channels).movedim(-1, 1)
 
     x = channels_second(inputs)
     if dense:
@@ -165,16 +181,18 @@ def detection_batch(
         kept = None if ignore_index is None else _kept(y, ignore_index)
         _check_labels(y, kept, (0, 1), validate)
     else:
-        y = targets.reshape(images, -1)
+        y = targets.reshape(images, length)
         kept = _kept(y, -2 if ignore_index is None else ignore_index)
         _check_labels(y, kept, (-1, classes - 1), validate)
         kept = None if kept is None else kept.unsqueeze(1)
     if weight is not None:
-        entries = weight.dim() == inputs.dim()
-        weight = weight.expand(inputs.shape if entries else places)
-        factor = channels_second(weight)
+        check_constant("weight", weight)
+        if weight.dim() == inputs.dim():
+            factor = channels_second(weight.expand(inputs.shape))
+        else:
+            factor = channels_second(weight.expand(places), 1)
         kept = factor if kept is None else factor * kept
-    return Batch(x, y, kept, places)
+    return Batch(x, y, kept, shape)
 
 
 def _resolve_mode(logits: Tensor, target: Tensor, mode: Mode | None) -> Mode:
@@ -216,13 +234,18 @@ def _kept(y: Tensor, ignore_index: int | None) -> Tensor | None:
     return y != ignore_index
 
 
+def check_constant(name: str, tensor: Tensor) -> None:
+    """Raise on a tensor that would silently get no gradient."""
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires grad; detach it: losses differentiate the logits alone")
+
+
 def _check_labels(y: Tensor, kept: Tensor | None, limits: tuple[int, int], validate: bool) -> None:
     """Raise on a label outside ``limits``, by name. Off the CPU only where asked to."""
     low, high = limits
     if y.dim() == 2 and y.is_floating_point():
         raise ValueError(f"class indices must be integers, not {y.dtype}; call .long()")
-    if y.requires_grad:
-        raise ValueError("the target requires grad; detach it: losses do not differentiate it")
+    check_constant("the target", y)
     if not y.numel() or y.dtype == torch.bool or torch.compiler.is_compiling():
         return
     if not (validate or y.device.type == "cpu"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, Reduction, as_weights, check_choice, mean_of_sums, register
+from .base import Loss, Reduction, check_choice, mean_of_sums, register
 from .layout import Batch, Mode
 from .statistics import Need, Statistics, statistics
 
@@ -167,7 +167,6 @@ def pixels(
 ) -> Pixels:
     """Compute the maps, or take those that are there."""
     check_choice("reduction", reduction, Reduction)
-    weights = as_weights(class_weights)
     s = statistics(
         logits,
         target,
@@ -175,12 +174,12 @@ def pixels(
         mode=mode,
         ignore_index=ignore_index,
         pixel_weight=pixel_weight,
-        class_weights=weights,
+        class_weights=class_weights,
         validate=validate,
     )
     class_weight = None
-    if weights is not None and not s.batch.dense:
-        class_weight = weights.to(s.batch.dtype)[s.batch.labels()]
+    if class_weights is not None and not s.batch.dense:
+        class_weight = s.batch.per_class(class_weights)[s.batch.labels()]
     return Pixels(s, class_weight, per_image, reduction, sync)
 
 

@@ -8,7 +8,7 @@ one positive of a row is then set from its own formula.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
@@ -86,14 +86,17 @@ class Formula:
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         raise NotImplementedError
 
+    def fitted(self, batch: Batch) -> Formula:
+        """This formula with its tensors checked and beside the logits."""
+        return self._map(batch.per_class)
+
     def of_classes(self, index: Tensor) -> Formula:
         """This formula for entries of the classes ``index``, whatever its shape."""
-        tensors = {
-            field.name: value[index]
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.dim()
-        }
-        return replace(self, **tensors)
+        return self._map(lambda values: values[index] if values.dim() else values)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Formula:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: change(v) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 def column(weights: Any) -> Any:
@@ -132,7 +135,8 @@ def pointwise(
         For each formula its weighted sums over the places, ``(B, C)``, or all its weighted values,
         ``(B, C, P)``; float32, or float64 where the logits are.
     """
-    return _Pointwise.apply(batch.logits, batch.target, batch.weight, tuple(formulas), summed)
+    fitted = tuple(formula.fitted(batch) for formula in formulas)
+    return _Pointwise.apply(batch.logits, batch.target, batch.weight, fitted, summed)
 
 
 class _Pointwise(torch.autograd.Function):

@@ -17,7 +17,6 @@ from typing_extensions import Unpack
 from .base import (
     Loss,
     Reduction,
-    as_weights,
     check_choice,
     divide,
     mean_of_sums,
@@ -248,7 +247,7 @@ def regions(
     if not per_image:
         counts = world_sum(counts.sum(1), sync)
     tp, pred, true, valid = counts.unbind()
-    weights = as_weights(class_weights)
+    weights = s.batch.per_class(class_weights)
     return Regions(tp, pred, true, valid, weights, per_image, absent, reduction, sync)
 
 

@@ -7,7 +7,7 @@ ordinary autograd flows through them; the gradient of the logits is one more pas
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +30,6 @@ class Statistics:
 
     Attributes:
         batch: the batch that they are of.
-        class_weights: what ``smooth`` and the ``nll`` of a dense target were weighted with.
         tp: soft true positives ``sum p * y``, ``(B, C)``.
         pred: soft count of what is predicted, ``sum p``, ``(B, C)``.
         true: count of what is there, ``sum y``, ``(B, C)``.
@@ -41,7 +40,6 @@ class Statistics:
     """
 
     batch: Batch
-    class_weights: Tensor | None = None
     tp: Tensor = field(init=False)
     pred: Tensor = field(init=False)
     true: Tensor = field(init=False)
@@ -58,7 +56,7 @@ def statistics(
     mode: Mode | None = None,
     ignore_index: int | None = None,
     pixel_weight: Tensor | None = None,
-    class_weights: Tensor | None = None,
+    class_weights: Tensor | Sequence[float] | None = None,
     validate: bool = False,
 ) -> Statistics:
     """Compute what losses need to know of the logits, once for all of them.
@@ -94,11 +92,10 @@ def statistics(
     formulas = [need for need in needs if isinstance(need, Formula)]
     result = Statistics(batch)
     if batch.mode == "multiclass":
-        if class_weights is not None:
-            result.class_weights = class_weights = class_weights.to(batch.dtype)
+        weights = batch.per_class(class_weights)
         wants = ("nll" in needs, "smooth" in needs, "regions" in needs)
         if any(wants):
-            found = _Softmax.apply(batch.logits, batch.target, batch.weight, class_weights, wants)
+            found = _Softmax.apply(batch.logits, batch.target, batch.weight, weights, wants)
             result.nll, result.smooth, result.tp, result.pred = found
     elif needs & {"nll", "smooth"}:
         raise ValueError(
