@@ -176,7 +176,7 @@ class SegmentationConfig:
 
     task: ClassVar[Task] = "segmentation"
     loss: str = "ce+dice"
-    data: DataConfig = field(default_factory=lambda: DataConfig(size=96))
+    data: DataConfig = field(default_factory=lambda: DataConfig(size=128, crop=96))
     model: SegmenterConfig = field(default_factory=SegmenterConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3))
     seed: int = 0

@@ -225,7 +225,8 @@ def _make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
     ]
     if train.optimizer == "sgd":
         return SGD(groups, lr=train.lr, momentum=0.9)
-    return AdamW(groups, lr=train.lr)
+    # A fused optimizer unscales float16 gradients itself, where clipping could not see them.
+    return AdamW(groups, lr=train.lr, fused=train.precision != "16-mixed")
 
 
 def _rate(schedule: str, progress: float) -> float:

@@ -200,7 +200,7 @@ def build_segmenter(
     is ``DEFAULT``: see :func:`load_segmenter_weights`.
 
     Raises:
-        UsageError: for an unknown architecture, encoder or option, or a crop that does not fit.
+        UsageError: for an unknown architecture, encoder or option, or crops of a size that it cannot take.
     """
     torch.manual_seed(seed)
     if model.mode == "binary" and len(classes) != 2:
@@ -223,17 +223,24 @@ def build_segmenter(
             classes=1 if model.mode == "binary" else len(classes),
             **options,
         )
+        _freeze_unused(segmenter, height_width(data.size if data.crop is None else data.crop))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = error.args[0] if error.args else error
         raise UsageError(f"model {model.name} with encoder {model.encoder}: {reason}") from error
-    stride = segmenter.encoder.output_stride
-    height, width = height_width(data.size if data.crop is None else data.crop)
-    if height % stride or width % stride:
-        raise UsageError(
-            f"this model needs a data.crop (or data.size, where there is no crop) of multiples of "
-            f"{stride} pixels, got {height} x {width}"
-        )
     return segmenter
+
+
+def _freeze_unused(segmenter: nn.Module, size: tuple[int, int]) -> None:
+    """Freeze what has no part in the output, such as stages of an encoder below its depth.
+
+    Processes that train together wait for every gradient, and would wait for these for ever.
+    """
+    segmenter.eval()
+    segmenter(torch.zeros(1, 3, *size)).sum().backward()
+    for parameter in segmenter.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    segmenter.train()
 
 
 def load_detector_weights(detector: RetinaNet, model: DetectorConfig, classes: list[str]) -> str:

@@ -9,11 +9,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
+from torchvision.ops import box_convert, nms
 
 from common.data import Data
 from common.engine import read_metrics
@@ -98,7 +101,7 @@ def plot_curves(output: Path, metric: str) -> None:
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
+def _smooth(values: Sequence[float], weight: float = 0.6) -> list[float]:
     """An exponential moving mean."""
     smoothed = [values[0]]
     for value in values[1:]:
@@ -109,37 +112,34 @@ def _smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
 def draw_detections(data: DetectionData, results: Sequence[dict[str, Any]], file: Path) -> None:
     """Draw the objects of each image beside the detections.
 
+    Only detections that are fairly certain are drawn, and of those that overlap, whatever their
+    class, the most certain one.
+
     Args:
         data: a handful of images.
         results: entries of a COCO results file.
         file: the picture.
     """
-    figure, pairs = _pairs(len(data))
-    truth = data.ground_truth()
-    colours = dict(zip(data.category_ids, _colours(len(data.classes)), strict=True))
+    figure, pairs = _pairs(len(data), f"predictions (score >= {LEAST_SCORE})")
+    objects = data.ground_truth()["annotations"]
     names = dict(zip(data.category_ids, data.classes, strict=True))
+    colours = dict(zip(data.category_ids, _colours(len(names)), strict=True))
     for index, (left, right) in enumerate(pairs):
         sample = data[index]
-        drawn = [
-            (left, [a for a in truth["annotations"] if a["image_id"] == sample.image_id]),
-            (
-                right,
-                [
-                    r
-                    for r in results
-                    if r["image_id"] == sample.image_id and r["score"] >= LEAST_SCORE
-                ],
-            ),
+        found = [
+            result
+            for result in results
+            if result["image_id"] == sample.image_id and result["score"] >= LEAST_SCORE
         ]
-        for axis, boxes in drawn:
+        there = [box for box in objects if box["image_id"] == sample.image_id]
+        for axis, boxes in ((left, there), (right, _without_overlaps(found))):
             axis.imshow(sample.image)
             for box in boxes:
-                colour = colours[box["category_id"]]
                 x, y, width, height = box["bbox"]
-                axis.add_patch(Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.5))
+                colour = colours[box["category_id"]]
                 label = names[box["category_id"]]
-                if "score" in box:
-                    label += f" {box['score']:.2f}"
+                label += f" {box['score']:.2f}" if "score" in box else ""
+                axis.add_patch(Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.5))
                 axis.text(
                     x,
                     y,
@@ -150,8 +150,14 @@ def draw_detections(data: DetectionData, results: Sequence[dict[str, Any]], file
                     clip_on=True,
                     bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6},
                 )
-    pairs[0][1].set_title(f"prediction (score >= {LEAST_SCORE})", fontsize=9)
     _save(figure, file)
+
+
+def _without_overlaps(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
+    scores = torch.tensor([result["score"] for result in found])
+    kept = nms(box_convert(boxes, "xywh", "xyxy"), scores, iou_threshold=0.5)
+    return [found[index] for index in kept.tolist()]
 
 
 def draw_masks(data: Data, predictions: Sequence[Image], file: Path) -> None:
@@ -162,40 +168,45 @@ def draw_masks(data: Data, predictions: Sequence[Image], file: Path) -> None:
         predictions: their predicted masks.
         file: the picture.
     """
-    figure, pairs = _pairs(len(data))
+    figure, pairs = _pairs(len(data), "predictions")
     colours = _colours(len(data.classes))
     palette = np.zeros((256, 3))
     palette[: len(colours)] = colours
+    if data.classes[0] == "background":
+        palette[0] = colours[0] = (0.6, 0.6, 0.6)
     present: set[int] = set()
     for index, (left, right) in enumerate(pairs):
         sample = data[index]
         for axis, mask in ((left, sample.mask), (right, predictions[index])):
             present |= {int(value) for value in np.unique(mask)} - {255}
-            axis.imshow(0.35 * sample.image / 255 + 0.65 * palette[mask])
+            grey = sample.image.mean(axis=2, keepdims=True) / 255
+            axis.imshow(0.4 * grey + 0.6 * palette[mask])
     figure.legend(
         handles=[Patch(color=colours[i], label=data.classes[i]) for i in sorted(present)],
-        loc="lower center",
+        loc="outside lower center",
         ncols=6,
         fontsize=7,
         frameon=False,
     )
-    pairs[0][1].set_title("prediction", fontsize=9)
     _save(figure, file)
 
 
-def _pairs(number: int) -> tuple[Any, list[tuple[Axes, Axes]]]:
-    """A figure with two images side by side for each of ``number``, two pairs in a row."""
+def _pairs(number: int, right_title: str) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """A figure with two places side by side for each of ``number`` images, two pairs in a row."""
     rows = -(-number // 2)
-    figure, axes = plt.subplots(rows, 4, figsize=(11, 2.8 * rows + 0.6), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, 4, figsize=(11, 2.8 * rows + 0.5), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.axis("off")
     pairs = [(axes[i // 2][2 * (i % 2)], axes[i // 2][2 * (i % 2) + 1]) for i in range(number)]
-    pairs[0][0].set_title("ground truth", fontsize=9)
+    for left, right in pairs[:2]:
+        left.set_title("ground truth", fontsize=9)
+        right.set_title(right_title, fontsize=9)
     return figure, pairs
 
 
-def _save(figure: Any, file: Path) -> None:
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+def _save(figure: Figure, file: Path) -> None:
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
