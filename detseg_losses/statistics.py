@@ -126,8 +126,15 @@ def _true(batch: Batch) -> Tensor:
 
 
 def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Sum values ``(B, P)`` by label: ``(B, C)``."""
-    return values.new_zeros(labels.shape[0], classes).scatter_add(1, labels, values)
+    """Sum values ``(B, P)`` by label: ``(B, C)``.
+
+    By way of bins of some 1024 values: one long chain of float32 additions would lose digits.
+    """
+    images, places = labels.shape
+    bins = places // 1024 + 1
+    index = labels + torch.arange(places, device=labels.device) % bins * classes
+    sums = values.new_zeros(images, bins * classes).scatter_add(1, index, values)
+    return sums.view(images, bins, classes).sum(1)
 
 
 class _Softmax(torch.autograd.Function):
