@@ -80,20 +80,30 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, L
         raise _error(spec, call.col_offset + 1, f"no loss {call.id!r}{_nearest(call.id, LOSSES)}")
     cls = LOSSES[call.id]
     known = cls.defaults()
-    options = {key: value for key, value in defaults.items() if key in known}
+    options: dict[str, Any] = {}
     for keyword in keywords:
         column = keyword.col_offset + 1
         if keyword.arg not in known:
             hint = _nearest(str(keyword.arg), known)
             raise _error(spec, column, f"{call.id} has no option {keyword.arg!r}{hint}")
-        try:
-            options[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
-            raise _error(spec, column, f"the value of {keyword.arg!r} is not a literal") from None
+        if keyword.arg in options:
+            raise _error(spec, column, f"{keyword.arg!r} is given twice")
+        options[keyword.arg] = _literal(keyword, spec)
     try:
-        return weight, cls(**options)
+        return weight, cls(**{k: v for k, v in defaults.items() if k in known} | options)
     except (ValueError, TypeError) as error:
         raise _error(spec, call.col_offset + 1, str(error)) from None
+
+
+def _literal(keyword: ast.keyword, spec: str) -> Any:
+    try:
+        value = ast.literal_eval(keyword.value)
+    except (ValueError, TypeError):
+        value = ...
+    if value is None or isinstance(value, (int, float, str, list)):
+        return value
+    message = f"the value of {keyword.arg!r} is not a number, string, True, False, None or list"
+    raise _error(spec, keyword.value.col_offset + 1, message)
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -186,7 +196,7 @@ class LossSum(nn.Module):
 
     def __repr__(self) -> str:
         return " + ".join(
-            repr(loss) if weight == 1 else f"{weight:g}*{loss!r}"
+            repr(loss) if weight == 1 else f"{weight!r}*{loss!r}"
             for _, weight, loss in self.items()
         )
 
