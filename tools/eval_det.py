@@ -12,9 +12,9 @@ from typing import Any
 
 from common.config import DetectionConfig, EvalDetectionConfig, from_dict, parse_evaluation
 from common.data import load_data
+from common.detectors import build_detector
 from common.errors import UsageError, usage_errors
 from common.evaluate import check_classes, detect
-from common.models import build_detector
 from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
 from lightning_fabric import Fabric
 

@@ -13,8 +13,8 @@ from common.config import EvalSegmentationConfig, SegmentationConfig, from_dict,
 from common.data import load_data
 from common.errors import usage_errors
 from common.evaluate import check_classes, segment
-from common.models import build_segmenter
 from common.report import draw_masks, handful, print_metrics, write_metrics
+from common.segmenters import build_segmenter
 from lightning_fabric import Fabric
 from PIL import Image
 

@@ -10,10 +10,10 @@ from typing import Any
 from common.checkpoint import load_checkpoint
 from common.config import DetectionConfig, parse_training
 from common.data import Batch, TrainingImages, load_data
+from common.detectors import build_detector, load_detector_weights
 from common.engine import fit, start
 from common.errors import usage_errors
 from common.evaluate import check_classes, detect, evaluate_detector
-from common.models import build_detector, load_detector_weights
 from common.report import draw_detections, handful, plot_curves, print_metrics, write_metrics
 from torch import Tensor, nn
 

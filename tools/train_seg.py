@@ -13,8 +13,8 @@ from common.data import Batch, TrainingImages, load_data
 from common.engine import fit, start
 from common.errors import usage_errors
 from common.evaluate import check_classes, evaluate_segmenter, normalize, segment
-from common.models import build_segmenter, load_segmenter_weights
 from common.report import draw_masks, handful, plot_curves, print_metrics, write_metrics
+from common.segmenters import build_segmenter, load_segmenter_weights
 from torch import Tensor, nn
 
 from detseg_losses.integrations import use_losses

@@ -17,6 +17,7 @@ from typing import Any, Literal, overload
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no look-up of the newest version at import
 
 import albumentations as A
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -165,7 +166,8 @@ def _training_transform(config: DataConfig) -> A.Compose:
         min_visibility=0.25,  # an object mostly cut off is no longer recognisable
     )
     steps = [fit, *random_size, *placed, *looks] if config.augment else [fit, *placed]
-    return A.Compose(steps, bbox_params=boxes)
+    # cv2's plain nearest neighbour shifts masks by up to half a pixel.
+    return A.Compose(steps, bbox_params=boxes, mask_interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def _padding(config: DataConfig) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Building the models, and loading weights of whatever origin into them."""
+"""Building RetinaNet detectors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
@@ -26,9 +25,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from common.checkpoint import load_tensors
-from common.config import DataConfig, DetectorConfig, SegmenterConfig, height_width
+from common.config import DataConfig, DetectorConfig
 from common.errors import UsageError
+from common.weights import load_file, load_matching
 
 _BACKBONES = {
     "resnet18": (tv.resnet18, tv.ResNet18_Weights.DEFAULT, ("layer2", "layer3", "layer4")),
@@ -191,58 +190,6 @@ def _stage_channels(body: nn.Module, stages: Sequence[str]) -> list[int]:
     return channels
 
 
-def build_segmenter(
-    model: SegmenterConfig, data: DataConfig, classes: Sequence[str], seed: int
-) -> nn.Module:
-    """Return a model of segmentation_models_pytorch with a channel for each class.
-
-    Its inputs are normalised images. The weights are random, by ``seed``, unless ``model.weights``
-    is ``DEFAULT``: see :func:`load_segmenter_weights`.
-
-    Raises:
-        UsageError: for an unknown architecture, encoder or option, or crops of a size that it cannot take.
-    """
-    torch.manual_seed(seed)
-    if model.mode == "binary" and len(classes) != 2:
-        raise UsageError(
-            f"model.mode binary needs a background and one class, the data has {len(classes)}: "
-            f"{', '.join(classes[:10])}"
-        )
-    options = model.options
-    if options is None:
-        light = {"encoder_depth": 3, "decoder_channels": (64, 32, 16)}
-        options = light if model.name.lower() == "unet" else {}
-    weights = None
-    if model.weights == "DEFAULT":
-        weights = True if model.encoder.startswith("tu-") else "imagenet"
-    try:
-        segmenter = smp.create_model(
-            model.name,
-            model.encoder,
-            encoder_weights=weights,
-            classes=1 if model.mode == "binary" else len(classes),
-            **options,
-        )
-        _freeze_unused(segmenter, height_width(data.size if data.crop is None else data.crop))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = error.args[0] if error.args else error
-        raise UsageError(f"model {model.name} with encoder {model.encoder}: {reason}") from error
-    return segmenter
-
-
-def _freeze_unused(segmenter: nn.Module, size: tuple[int, int]) -> None:
-    """Freeze what has no part in the output, such as stages of an encoder below its depth.
-
-    Processes that train together wait for every gradient, and would wait for these for ever.
-    """
-    segmenter.eval()
-    segmenter(torch.zeros(1, 3, *size)).sum().backward()
-    for parameter in segmenter.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-    segmenter.train()
-
-
 def load_detector_weights(detector: RetinaNet, model: DetectorConfig, classes: list[str]) -> str:
     """Load what ``model.weights`` names, and return a line that says what was loaded.
 
@@ -252,81 +199,11 @@ def load_detector_weights(detector: RetinaNet, model: DetectorConfig, classes: l
     if model.weights == "none":
         return "weights: random"
     if model.weights != "DEFAULT":
-        return _load_file(detector, Path(model.weights), classes)
+        return load_file(detector, Path(model.weights), classes)
     if model.name in _COMPLETE:
         weights = _COMPLETE[model.name][1]
     elif model.backbone in _BACKBONES:
         weights = _BACKBONES[model.backbone][1]
     else:
         raise UsageError(f"there are no pretrained weights for the backbone {model.backbone}")
-    return _load_matching(detector, weights.get_state_dict(check_hash=True), str(weights), classes)
-
-
-def load_segmenter_weights(segmenter: nn.Module, model: SegmenterConfig, classes: list[str]) -> str:
-    """Load the file that ``model.weights`` names, and return a line that says what was loaded.
-
-    Raises:
-        UsageError: if the file cannot be read or does not fit.
-    """
-    if model.weights == "none":
-        return "weights: random"
-    if model.weights == "DEFAULT":
-        return f"weights: encoder {model.encoder}, pretrained"
-    return _load_file(segmenter, Path(model.weights), classes)
-
-
-def _load_file(model: nn.Module, file: Path, classes: list[str]) -> str:
-    content = load_tensors(file)
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise UsageError(f"model.weights {file}: there is no state dict in this file")
-    return _load_matching(model, content, str(file), classes)
-
-
-def _load_matching(
-    model: nn.Module, state: dict[str, Tensor], origin: str, classes: list[str]
-) -> str:
-    """Load a state dict of a backbone, an encoder or a whole model, whichever its keys show it is.
-
-    Of a detector for COCO the outputs of the classes that have the same names are taken over.
-    """
-    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    own = model.state_dict()
-    _select_coco_classes(state, own, classes)
-
-    def matching(strip: str, add: str) -> dict[str, Tensor]:
-        renamed = {add + key.removeprefix(strip): value for key, value in state.items()}
-        return {k: v for k, v in renamed.items() if k in own and own[k].shape == v.shape}
-
-    strips = ("", "module.", "model.", "backbone.", "backbone.body.", "features.", "encoder.")
-    best = max(
-        (matching(strip, add) for strip in strips for add in ("", "backbone.body.", "encoder.")),
-        key=len,
-    )
-    if 2 * len(best) < len(state):
-        raise UsageError(
-            f"model.weights {origin}: only {len(best)} of its {len(state)} tensors have the name "
-            f"and shape of one in the model; its keys begin with {next(iter(state))!r}, those of "
-            f"the model with {next(iter(own))!r}"
-        )
-    model.load_state_dict(best, strict=False)
-    total = sum(not key.endswith("num_batches_tracked") for key in own)
-    return f"weights: {origin}: {len(best)} of its {len(state)} tensors, {total} in the model"
-
-
-def _select_coco_classes(
-    state: dict[str, Tensor], own: dict[str, Tensor], classes: list[str]
-) -> None:
-    """Reduce the outputs of a COCO detector to those of ``classes``, where it knows them all."""
-    names: list[str] = RetinaNet_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
-    key = "head.classification_head.cls_logits"
-    if f"{key}.bias" not in state or f"{key}.bias" not in own or not {*classes} <= {*names}:
-        return
-    anchors = own[f"{key}.bias"].numel() // (len(classes) + 1)
-    if state[f"{key}.bias"].numel() == anchors * len(names):
-        rows = [0, *(names.index(name) for name in classes)]
-        for part in (f"{key}.weight", f"{key}.bias"):
-            outputs = state[part].unflatten(0, (anchors, len(names)))
-            state[part] = outputs[:, rows].flatten(0, 1)
+    return load_matching(detector, weights.get_state_dict(check_hash=True), str(weights), classes)
