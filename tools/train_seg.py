@@ -34,7 +34,13 @@ def main() -> None:
     if not config.resume:
         fabric.print(load_segmenter_weights(segmenter, config.model, train.classes))
     with usage_errors(ValueError):
-        use_losses(segmenter, config.loss, mode=config.model.mode, ignore_index=VOID)
+        use_losses(
+            segmenter,
+            config.loss,
+            mode=config.model.mode,
+            ignore_index=VOID,
+            sync=fabric.world_size > 1,  # means and ratios over the batch of all processes
+        )
 
     def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         terms = model(normalize(batch["image"], config.data), batch["mask"])

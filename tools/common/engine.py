@@ -299,6 +299,10 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     """Return the rows of metrics.csv, each without its empty cells."""
     with file.open(newline="") as stream:
         return [
-            {name: float(cell) for name, cell in row.items() if cell}
+            {
+                name: int(cell) if cell.isdigit() else float(cell)
+                for name, cell in row.items()
+                if cell
+            }
             for row in csv.DictReader(stream)
         ]
