@@ -1,0 +1,171 @@
+"""Any losses in the models of segmentation-models-pytorch, and its own losses, leaner.
+
+:func:`use_losses` lets a model return its losses in training; the classes with SMP's names stand
+in for SMP's in a pipeline that calls its own criterion, see
+:mod:`detseg_losses.integrations.smp_losses` for what differs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from segmentation_models_pytorch.base import SegmentationModel
+from segmentation_models_pytorch.base.modules import Activation
+from torch import Tensor, nn
+
+from detseg_losses.classification import binary_cross_entropy_loss
+from detseg_losses.integrations.smp_losses import (
+    BINARY_MODE,
+    MULTICLASS_MODE,
+    MULTILABEL_MODE,
+    DiceLoss,
+    FocalLoss,
+    JaccardLoss,
+    SoftBCEWithLogitsLoss,
+    SoftCrossEntropyLoss,
+    TverskyLoss,
+)
+from detseg_losses.layout import Mode
+from detseg_losses.pixels import PixelLoss, cross_entropy_loss
+from detseg_losses.spec import LossSum, SpecError, build_loss
+
+__all__ = [
+    "BINARY_MODE",
+    "MULTICLASS_MODE",
+    "MULTILABEL_MODE",
+    "DiceLoss",
+    "FocalLoss",
+    "JaccardLoss",
+    "SoftBCEWithLogitsLoss",
+    "SoftCrossEntropyLoss",
+    "TverskyLoss",
+    "restore_losses",
+    "use_losses",
+]
+
+
+def use_losses(
+    model: SegmentationModel,
+    spec: str,
+    *,
+    mode: Mode | None = None,
+    ignore_index: int | None = None,
+    **defaults: Any,
+) -> SegmentationModel:
+    """Let a segmentation model return its losses in training, in place.
+
+    In training ``model(images, masks)`` returns the weighted value of each term by name, attached
+    to the graph; their sum is the loss. In evaluation, or without masks, the model returns what it
+    always did. ``model.loss`` is the criterion, ``model.loss.values`` holds the values, detached.
+    The keys of the ``state_dict`` are unchanged.
+
+    A model with a classification head (``aux_params``) takes the labels of the images as a third
+    argument, and adds the loss of its class logits as ``"classification"``: cross entropy for
+    class indices ``(B,)``, binary cross entropy for values in [0, 1] of the logits' shape, or
+    ``(B,)`` for a single class. Without labels the class logits are left out of the loss, and the
+    parameters of that head get no gradient.
+
+    Args:
+        model: any model of segmentation-models-pytorch whose head gives logits, before it is
+            wrapped for several processes.
+        spec: a loss string of segmentation losses, for example ``"ce + 0.5*dice"``.
+        mode: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; None: binary for a model with one
+            class, else multiclass. Masks are class indices ``(B, H, W)`` or ``(B, 1, H, W)``, for
+            multilabel values in [0, 1] ``(B, C, H, W)``.
+        ignore_index: label of the pixels that are left out.
+        **defaults: options for every term that has them, see
+            :func:`detseg_losses.build_loss`.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: on a string that cannot be read, or that does not fit the model or the mode.
+        ValueError: where the segmentation head ends in an activation.
+    """
+    _check_logits(model.segmentation_head, "activation=None")
+    loss = build_loss(spec, kind="segmentation", mode=mode, ignore_index=ignore_index, **defaults)
+    _check_fit(loss, model)
+    restore_losses(model)
+    model.loss = loss
+    model._loss_hooks = (
+        model.register_forward_pre_hook(_take_targets, with_kwargs=True),
+        model.register_forward_hook(_give_losses),
+    )
+    return model
+
+
+def restore_losses(model: SegmentationModel) -> SegmentationModel:
+    """Undo :func:`use_losses`, in place."""
+    if hasattr(model, "_loss_hooks"):
+        for handle in model._loss_hooks:
+            handle.remove()
+        del model.loss, model._loss_hooks
+        model.__dict__.pop("_targets", None)
+    return model
+
+
+def _take_targets(
+    model: SegmentationModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor], dict[str, Any]]:
+    images, model._targets = _call(*args, **kwargs)
+    return (images,), {}
+
+
+def _call(
+    x: Tensor, masks: Tensor | None = None, labels: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """What the model can be called with."""
+    return x, (masks, labels)
+
+
+def _give_losses(model: SegmentationModel, args: tuple[Any, ...], output: Any) -> Any:
+    masks, labels = model._targets
+    model._targets = None
+    if not model.training or masks is None:
+        return output
+    logits, class_logits = output if isinstance(output, tuple) else (output, None)
+    losses = model.loss.compute(logits, masks)
+    if labels is not None:
+        if class_logits is None:
+            raise ValueError("labels were given, but the model has no classification head")
+        _check_logits(model.classification_head, "aux_params={'activation': None, ...}")
+        losses["classification"] = _classification_loss(class_logits, labels)
+        model.loss.values["classification"] = losses["classification"].detach()
+    return losses
+
+
+def _classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[1] > 1 and labels.dim() == 1:
+        return cross_entropy_loss(logits, labels)
+    return binary_cross_entropy_loss(logits, labels.reshape(logits.shape))
+
+
+def _check_fit(loss: LossSum, model: SegmentationModel) -> None:
+    """Raise on terms that have no meaning for the number of classes of the model."""
+    classes = [m for m in model.segmentation_head.modules() if isinstance(m, nn.Conv2d)][
+        -1
+    ].out_channels
+    for name, _, term in loss.items():
+        options = term.options
+        mode = options["mode"] or ("binary" if classes == 1 else "multiclass")
+        if isinstance(term, PixelLoss) and mode != "multiclass":
+            raise SpecError(
+                f"{name!r} is a loss of classes that exclude each other, and has no meaning for "
+                f"{mode} masks (the model has {classes} class(es)); use 'bce' or 'focal'"
+            )
+        if (mode == "multiclass" and classes == 1) or (mode == "binary" and classes > 1):
+            raise SpecError(
+                f"{name!r}: mode={mode!r} does not fit a model with {classes} class(es)"
+            )
+        if options["reduction"] == "none":
+            raise SpecError(f"{name!r}: a model trains on one number; leave reduction='none' out")
+
+
+def _check_logits(head: nn.Module, remedy: str) -> None:
+    for module in head.modules():
+        if isinstance(module, Activation) and not isinstance(module.activation, nn.Identity):
+            raise ValueError(
+                f"the head ends in {type(module.activation).__name__}, but losses are computed on "
+                f"logits; build the model with {remedy}"
+            )
