@@ -85,7 +85,8 @@ class Batch:
 
 def labels_of(target: Tensor, weight: Tensor | None) -> Tensor:
     """Class indices ``(b, n)`` of a part of a batch, safe to index with."""
-    return target.long() if weight is None else target.long().masked_fill(weight.squeeze(1) == 0, 0)
+    labels = target.long()
+    return labels if weight is None else labels.masked_fill((weight == 0).all(1), 0)
 
 
 def segmentation_batch(
