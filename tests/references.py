@@ -1,0 +1,194 @@
+"""Independent float64 references: the papers' formulas in loops over images, classes and boxes.
+
+They take what the losses take, in float64, and share nothing with them: targets are made one-hot,
+autograd does the derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def value_and_grad(function: Callable[..., Tensor], x: Tensor, *args: Any, **options: Any) -> Any:
+    """The (summed) loss of ``x`` and its gradient."""
+    x = x.detach().requires_grad_()
+    value = function(x, *args, **options)
+    (grad,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), grad
+
+
+def one_hot(x: Tensor, target: Tensor, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    """Labels ``(B, *)`` as 0s and 1s ``(B, C, *)``, and which pixels count, ``(B, 1, *)``."""
+    target = target.reshape(x.shape[0], *x.shape[2:]).long()
+    keep = torch.ones_like(target) if ignore_index is None else (target != ignore_index).long()
+    y = torch.stack([target == c for c in range(x.shape[1])], dim=1)
+    return y.to(x.dtype), keep.unsqueeze(1).to(x.dtype)
+
+
+def targets_of(
+    x: Tensor, target: Tensor, mode: str, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """The target and which entries count, both of the shape of ``x``."""
+    if mode == "multiclass" and target.shape != x.shape:
+        y, keep = one_hot(x, target, ignore_index)
+        return y, keep.expand_as(y)
+    y = target.reshape(x.shape).to(x.dtype)
+    keep = torch.ones_like(y) if ignore_index is None else (y != ignore_index).to(x.dtype)
+    return torch.where(keep > 0, y, 0), keep
+
+
+def bce(x: Tensor, y: Tensor, pos_weight: Tensor | float = 1.0) -> Tensor:
+    """Of each entry; ``pos_weight`` broadcasts."""
+    return -pos_weight * y * F.logsigmoid(x) - (1 - y) * F.logsigmoid(-x)
+
+
+def focal(x: Tensor, y: Tensor, alpha: Tensor | float | None = 0.25, gamma: float = 2) -> Tensor:
+    """Of each entry; ``alpha`` broadcasts."""
+    one_minus_pt = y * torch.sigmoid(-x) + (1 - y) * torch.sigmoid(x)
+    loss = one_minus_pt**gamma * bce(x, y)
+    return loss if alpha is None else loss * (alpha * y + (1 - alpha) * (1 - y))
+
+
+def cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    ignore_index: int | None = None,
+    class_weights: list[float] | None = None,
+    pixel_weight: Tensor | None = None,
+    per_image: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Softmax cross entropy, or with ``gamma`` softmax focal loss; pixel after pixel."""
+    classes = x.shape[1]
+    dense = target.shape == x.shape
+    y, keep = targets_of(x, target, "multiclass", ignore_index)
+    factors = [1.0] * classes if class_weights is None else class_weights
+    scores = x.reshape(x.shape[0], classes, -1)
+    y, keep = y.reshape(scores.shape), keep.reshape(scores.shape)
+    weight = torch.ones(scores.shape[0], scores.shape[2]) if pixel_weight is None else pixel_weight
+    weight = weight.reshape(scores.shape[0], -1)
+    losses, counts = [], []
+    for b in range(scores.shape[0]):
+        for i in range(scores.shape[2]):
+            w = weight[b, i] * keep[b, 0, i]
+            if w == 0:
+                losses.append(torch.zeros((), dtype=x.dtype))
+                counts.append(torch.zeros(()))
+                continue
+            logp = scores[b, :, i] - scores[b, :, i].logsumexp(0)
+            loss: Any = 0.0
+            for c in range(classes):
+                share = (1 - label_smoothing) * y[b, c, i] + label_smoothing / classes
+                power = (1 - logp[c].exp()) ** gamma if gamma else 1
+                loss = loss - factors[c] * share * power * logp[c]
+            losses.append(w * loss)
+            mass = 1.0 if dense else sum(factors[c] * y[b, c, i] for c in range(classes))
+            counts.append(torch.as_tensor(w * mass))
+    loss = torch.stack(losses).reshape(scores.shape[0], -1)
+    count = torch.stack(counts).reshape(loss.shape).to(x.dtype)
+    if reduction == "none":
+        return loss.reshape(x.shape[0], *x.shape[2:])
+    if reduction == "sum":
+        return loss.sum()
+    if per_image:
+        means = [loss[b].sum() / count[b].sum() if count[b].sum() else 0 for b in range(len(loss))]
+        return torch.as_tensor(sum(means)) / len(means)
+    return loss.sum() / count.sum()
+
+
+def region(
+    formula: Callable[[Any, Any, Any], Any],
+    x: Tensor,
+    target: Tensor,
+    *,
+    mode: str = "multiclass",
+    ignore_index: int | None = None,
+    class_weights: list[float] | None = None,
+    pixel_weight: Tensor | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    reduction: str = "mean",
+) -> Tensor:
+    """``formula(tp, fp, fn)`` of each class, and the mean over classes (and images)."""
+    p = x.softmax(1) if mode == "multiclass" else x.sigmoid()
+    y, w = targets_of(x, target, mode, ignore_index)
+    if pixel_weight is not None:
+        w = w * pixel_weight.reshape(x.shape[0], 1, *x.shape[2:])
+    groups = [[b] for b in range(len(x))] if per_image else [list(range(len(x)))]
+    rows, means = [], []
+    for images in groups:
+        losses, weights = [], []
+        for c in range(x.shape[1]):
+            tp = fp = fn = true = total = torch.zeros((), dtype=x.dtype)
+            for b in images:
+                tp = tp + (w[b, c] * p[b, c] * y[b, c]).sum()
+                fp = fp + (w[b, c] * p[b, c] * (1 - y[b, c])).sum()
+                fn = fn + (w[b, c] * (1 - p[b, c]) * y[b, c]).sum()
+                true = true + (w[b, c] * y[b, c]).sum()
+                total = total + w[b, c].sum()
+            weight = 1.0 if class_weights is None else class_weights[c]
+            if true > 0:
+                losses.append(formula(tp, fp, fn))
+            elif absent == "penalise":
+                losses.append(fp / total)
+            else:
+                losses.append(torch.zeros((), dtype=x.dtype))
+                weight = 0.0
+            weights.append(weight)
+        weighted = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)])
+        rows.append(weighted)
+        means.append(weighted.sum() / sum(weights) if sum(weights) else weighted.sum())
+    if reduction == "none":
+        return torch.stack(rows) if per_image else rows[0]
+    if reduction == "sum":
+        return torch.stack(rows).sum()
+    return torch.stack(means).mean()
+
+
+def dice(smooth: float = 0.0) -> Callable[[Any, Any, Any], Any]:
+    return lambda tp, fp, fn: 1 - (2 * tp + smooth) / (2 * tp + fp + fn + smooth)
+
+
+def jaccard(smooth: float = 0.0) -> Callable[[Any, Any, Any], Any]:
+    return lambda tp, fp, fn: 1 - (tp + smooth) / (tp + fp + fn + smooth)
+
+
+def tversky(
+    alpha: float = 0.5, beta: float = 0.5, gamma: float = 1.0, smooth: float = 0.0
+) -> Callable[[Any, Any, Any], Any]:
+    return lambda tp, fp, fn: (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)) ** gamma
+
+
+def boxes(kind: str, a: Tensor, b: Tensor) -> Tensor:
+    """IoU, GIoU, DIoU or CIoU loss of proper boxes ``(N, 4)``, pair after pair."""
+    losses = []
+    for p, t in zip(a, b, strict=True):
+        width = torch.minimum(p[2], t[2]) - torch.maximum(p[0], t[0])
+        height = torch.minimum(p[3], t[3]) - torch.maximum(p[1], t[1])
+        inter = width * height if width > 0 and height > 0 else 0 * width
+        union = (p[2] - p[0]) * (p[3] - p[1]) + (t[2] - t[0]) * (t[3] - t[1]) - inter
+        iou = inter / union
+        hull_w = torch.maximum(p[2], t[2]) - torch.minimum(p[0], t[0])
+        hull_h = torch.maximum(p[3], t[3]) - torch.minimum(p[1], t[1])
+        loss = 1 - iou
+        if kind == "giou":
+            loss = loss + 1 - union / (hull_w * hull_h)
+        if kind in ("diou", "ciou"):
+            dx, dy = (p[0] + p[2] - t[0] - t[2]) / 2, (p[1] + p[3] - t[1] - t[3]) / 2
+            loss = loss + (dx**2 + dy**2) / (hull_w**2 + hull_h**2)
+        if kind == "ciou":
+            angle = ((t[2] - t[0]) / (t[3] - t[1])).atan() - ((p[2] - p[0]) / (p[3] - p[1])).atan()
+            v = 4 / math.pi**2 * angle**2
+            if v > 0:
+                loss = loss + (v / (1 - iou + v)).detach() * v
+        losses.append(loss)
+    return torch.stack(losses)

@@ -1,0 +1,236 @@
+"""The IoU family."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import references
+import torch
+import torchvision
+from references import value_and_grad
+from torch import Tensor
+
+from detseg_losses import (
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+    iou_loss,
+)
+
+FAMILY: dict[str, Any] = {
+    "iou": iou_loss,
+    "giou": generalized_box_iou_loss,
+    "diou": distance_box_iou_loss,
+    "ciou": complete_box_iou_loss,
+}
+PEERS: dict[str, Any] = {
+    "giou": torchvision.ops.generalized_box_iou_loss,
+    "diou": torchvision.ops.distance_box_iou_loss,
+    "ciou": torchvision.ops.complete_box_iou_loss,
+}
+
+
+def sample(count: int = 40) -> tuple[Tensor, Tensor]:
+    """Overlapping, nested and disjoint boxes."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, count, 4, dtype=torch.float64, generator=generator) * 10
+    a, b = torch.cat((corners[..., :2], corners[..., :2] + corners[..., 2:] + 0.1), -1)
+    return a, b
+
+
+def assert_same(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12)
+
+
+def cost(loss: Any, a: list[float], b: list[float], **options: Any) -> float:
+    return loss(torch.tensor(a), torch.tensor(b), **options).item()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_formula(name: str) -> None:
+    a, b = sample()
+    assert_same(
+        value_and_grad(FAMILY[name], a, b),
+        value_and_grad(lambda a: references.boxes(name, a, b), a),
+    )
+    assert_same(
+        value_and_grad(lambda b: FAMILY[name](a, b), b),
+        value_and_grad(lambda b: references.boxes(name, a, b), b),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("name", PEERS)
+def test_equal_to_torchvision(name: str, reduction: str) -> None:
+    """Called in torchvision's order of arguments; without its eps as near as that eps allows."""
+    a, b = sample()
+    expected = value_and_grad(PEERS[name], a, b, reduction, 1e-7)
+    assert_same(value_and_grad(FAMILY[name], a, b, reduction, 1e-7), expected)
+    assert_same(value_and_grad(FAMILY[name], a, b, reduction), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "b", "expected"),
+    [
+        ("giou", [0, 0, 1, 1], [1, 1, 2, 2], 1.5),  # two diagonally adjacent boxes
+        ("iou", [0, 0, 1, 1], [1, 1, 2, 2], 1.0),
+        ("diou", [0, 0, 1, 1], [1, 1, 2, 2], 1.25),  # centres sqrt 2, diagonal sqrt 8 apart
+        ("ciou", [0, 0, 1, 1], [1, 1, 2, 2], 1.25),  # of one shape
+        ("iou", [0, 0, 2, 2], [1, 0, 3, 2], 1 - 1 / 3),
+        ("giou", [0, 0, 2, 2], [1, 0, 3, 2], 1 - 1 / 3),  # nothing but both in the hull
+        ("diou", [0, 0, 2, 2], [1, 0, 3, 2], 1 - 1 / 3 + 1 / 13),
+        ("giou", [0, 0, 1, 1], [3, 0, 4, 1], 1.5),
+        ("diou", [0, 0, 1, 1], [3, 0, 4, 1], 1 + 9 / 17),
+    ],
+)
+def test_by_hand(name: str, a: list[float], b: list[float], expected: float) -> None:
+    assert cost(FAMILY[name], a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_modes_of_iou() -> None:
+    a, b = [0.0, 0, 2, 2], [1.0, 0, 3, 2]
+    assert cost(iou_loss, a, b, mode="log") == pytest.approx(1.0986123, rel=1e-6)
+    assert cost(iou_loss, a, b, mode="square") == pytest.approx(1 - 1 / 9, rel=1e-6)
+    far = [9.0, 9, 10, 10]
+    assert cost(iou_loss, a, far, mode="log") == pytest.approx(13.8155, rel=1e-4)  # -log 1e-6
+    assert cost(iou_loss, a, far, mode="square") == 1
+    assert cost(iou_loss, a, a, mode="log") == 0
+    with pytest.raises(ValueError, match="mode must be one of"):
+        cost(iou_loss, a, b, mode="cubic")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("side", [2.0**-20, 2.0**-10, 1.0, 2.0**13])
+@pytest.mark.parametrize("corner", [0.0, 1.0, -0.5])
+def test_identical_boxes_cost_nothing(name: str, side: float, corner: float) -> None:
+    """Sides from 1e-6 to 1e4; with an absolute eps small boxes cost up to 1."""
+    box = torch.tensor([corner, corner, corner + side, corner + side])
+    assert box[2] - box[0] == side, "the corners must be exactly representable"
+    value, grad = value_and_grad(FAMILY[name], box, box.clone())
+    assert abs(value) <= 1e-6
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("scale", [2.0**-40, 1e-6, 1e6, 2.0**20])
+def test_free_of_scale(name: str, scale: float) -> None:
+    a, b = sample()
+    a = torch.cat((a, torch.tensor([[0.0, 0, 3, 0], [1, 1, 1, 1], [0, 0, 3, 0]]).double()))
+    b = torch.cat((b, torch.tensor([[0.0, 0, 3, 3], [1, 1, 1, 1], [0, 0, 3, 0]]).double()))
+    assert_same(FAMILY[name](a * scale, b * scale), FAMILY[name](a, b))
+
+
+DEGENERATE = [
+    [0.0, 0, 10, 0],
+    [0.0, 0, 0, 10],
+    [0.0, 0, 0, 0],
+    [5.0, 5, 5, 5],
+    [0.0, 0, 10, 10],
+    [20.0, 0, 30, 0],
+    [0.0, 0, 1e-6, 1e4],
+    [0.0, 0, 1e4, 1e-6],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FAMILY)
+def test_finite_for_every_box(name: str, dtype: torch.dtype) -> None:
+    """Lines and points included; torchvision's CIoU has NaN gradients there."""
+    pairs = torch.tensor(list(itertools.product(DEGENERATE, repeat=2)), dtype=dtype)
+    a, b = pairs[:, 0], pairs[:, 1]
+    value, grad = value_and_grad(FAMILY[name], a, b)
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+    same = (a == b).all(-1)
+    assert (value[same].abs() <= 1e-6).all()
+    assert (value[~same] > 0).all()
+
+
+sides = st.one_of(st.just(0.0), st.floats(2**-20, 1e4, width=32))
+corners = st.floats(-1e4, 1e4, width=32)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@hypothesis.given(st.lists(st.tuples(corners, corners, sides, sides), min_size=2, max_size=2))
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=60)
+def test_any_two_boxes(name: str, boxes: list[tuple[float, ...]]) -> None:
+    """Finite, within bounds, symmetric, as in float64."""
+    xywh = torch.tensor(boxes)
+    a, b = torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), -1)
+    value, grad = value_and_grad(FAMILY[name], a, b)
+    assert grad.isfinite().all()
+    bound = {"iou": 1, "giou": 2, "diou": 2, "ciou": 3}[name]
+    assert -1e-6 <= value <= bound + 1e-5
+    torch.testing.assert_close(value, FAMILY[name](b, a))
+    wide = FAMILY[name](a.double(), b.double()).float()
+    torch.testing.assert_close(value, wide, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "inverted", [[10.0, 10, 0, 0], [10.0, 0, 0, 10], [0.0, 10, 10, 0], [100.0, 0, 50, 10]]
+)
+def test_inverted_predictions(name: str, inverted: list[float]) -> None:
+    """They cost at least as much as a miss; torchvision's GIoU of the first is 0."""
+    value, grad = value_and_grad(
+        FAMILY[name], torch.tensor([inverted]), torch.tensor([[0.0, 0, 10, 10]])
+    )
+    assert value >= 1
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_validate_names_the_row(name: str) -> None:
+    good, bad = torch.tensor([[0.0, 0, 1, 1]] * 3), torch.tensor([[0.0, 0, 1, 1]] * 3)
+    bad[1, 2] = -1
+    FAMILY[name](good, good, validate=True)
+    with pytest.raises(ValueError, match=r"boxes1\[1\] = \[0.0, 0.0, -1.0, 1.0\] is inverted"):
+        FAMILY[name](bad, good, validate=True)
+    with pytest.raises(ValueError, match=r"boxes2\[0, 1\]"):
+        FAMILY[name](good[None], bad[None], validate=True)
+    bad[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"boxes2\[1\].*finite"):
+        FAMILY[name](good, bad, validate=True)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_shapes_and_dtypes(name: str) -> None:
+    loss = FAMILY[name]
+    a, b = sample(12)
+    each = loss(a, b)
+    assert loss(a.reshape(3, 4, 4), b.reshape(3, 4, 4)).shape == (3, 4)
+    assert_same(loss(a[0], b[0]), each[0])
+    assert_same(loss(a, b, "mean"), each.mean())
+    assert_same(loss(a, b, "sum"), each.sum())
+    for dtype in (torch.float16, torch.bfloat16):
+        low, high = a.to(dtype), b.to(dtype)
+        value, grad = value_and_grad(loss, low, high)
+        assert (value.dtype, grad.dtype) == (torch.float32, dtype)
+        torch.testing.assert_close(value, loss(low.float(), high.float()))
+    whole = (a * 10).long()
+    torch.testing.assert_close(loss(whole, (b * 10).long()), loss(whole.float(), (b * 10).long()))
+    empty = torch.zeros(0, 4, requires_grad=True)
+    assert loss(empty, empty.detach()).shape == (0,)
+    nothing = loss(empty, empty.detach(), "mean")
+    nothing.backward()
+    assert nothing == 0
+    with pytest.raises(ValueError, match=r"one shape \(\*, 4\)"):
+        loss(a, b[:3])
+    with pytest.raises(ValueError, match=r"one shape \(\*, 4\)"):
+        loss(a[:, :3], b[:, :3])
+
+
+def test_ciou_is_0_with_a_finite_gradient_at_a_perfect_prediction() -> None:
+    a, _ = sample()
+    for box in (a, a.float()):
+        value, grad = value_and_grad(complete_box_iou_loss, box, box.clone())
+        assert (value.abs() <= 1e-6).all()
+        assert grad.isfinite().all()
+    # and a step against the gradient of the wrong shape goes towards the right one
+    wide, square = torch.tensor([[0.0, 0, 4, 2]]), torch.tensor([[1.0, 0, 3, 2]])
+    _, grad = value_and_grad(complete_box_iou_loss, wide, square)
+    assert grad[0, 2] > 0 > grad[0, 0]

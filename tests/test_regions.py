@@ -1,0 +1,282 @@
+"""Dice, Jaccard, Tversky and focal Tversky losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import references
+import torch
+from references import value_and_grad
+from segmentation_models_pytorch import losses as smp
+from torch import Tensor
+
+from detseg_losses import (
+    dice_loss,
+    focal_tversky_loss,
+    jaccard_loss,
+    statistics,
+    tversky_loss,
+)
+
+WEIGHTS = [0.5, 1.0, 4.0]
+LOSSES: dict[str, tuple[Any, dict[str, float], Any]] = {
+    "dice": (dice_loss, {}, references.dice()),
+    "smooth dice": (dice_loss, {"smooth": 1.0}, references.dice(1.0)),
+    "jaccard": (jaccard_loss, {}, references.jaccard()),
+    "smooth jaccard": (jaccard_loss, {"smooth": 1.0}, references.jaccard(1.0)),
+    "tversky": (tversky_loss, {"alpha": 0.3, "beta": 0.7}, references.tversky(0.3, 0.7)),
+    "unequal sum": (tversky_loss, {"alpha": 1.5, "beta": 0.25}, references.tversky(1.5, 0.25)),
+    "focal_tversky": (focal_tversky_loss, {}, references.tversky(0.3, 0.7, 0.75)),
+    "focusing": (focal_tversky_loss, {"gamma": 2.0}, references.tversky(0.3, 0.7, 2.0)),
+}
+
+
+def sample(mode: str, *places: int, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    """Logits and labels; class 2 is absent from image 0."""
+    generator = torch.Generator().manual_seed(3)
+    channels = 1 if mode == "binary" else 3
+    x = torch.randn(2, channels, *places, dtype=torch.float64, generator=generator) * 2
+    if mode == "multiclass":
+        y = torch.randint(0, 3, (2, *places), generator=generator)
+        y[0] %= 2
+    else:
+        y = torch.randint(0, 2, (2, channels, *places), generator=generator)
+        y[0, -1] = 0
+    if ignore_index is not None:
+        y[..., -1] = ignore_index
+    return x, y
+
+
+def assert_same(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("mode", ["multiclass", "binary", "multilabel"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_modes(name: str, mode: str, ignore_index: int | None) -> None:
+    loss, own, formula = LOSSES[name]
+    x, y = sample(mode, 4, 5, ignore_index=ignore_index)
+    options: dict[str, Any] = {"mode": mode, "ignore_index": ignore_index}
+    assert_same(
+        value_and_grad(loss, x, y, **own, **options),
+        value_and_grad(lambda x: references.region(formula, x, y, **options), x),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("absent", ["skip", "penalise"])
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["dice", "smooth jaccard", "focal_tversky"])
+def test_options(name: str, weighted: bool, per_image: bool, absent: str, reduction: str) -> None:
+    loss, own, formula = LOSSES[name]
+    x, y = sample("multiclass", 3, 4, ignore_index=255)
+    options: dict[str, Any] = {
+        "ignore_index": 255,
+        "per_image": per_image,
+        "absent": absent,
+        "reduction": reduction,
+    }
+    if weighted:
+        options["pixel_weight"] = torch.linspace(0, 1, 24, dtype=x.dtype).reshape(2, 3, 4)
+        options["class_weights"] = WEIGHTS
+    assert_same(
+        value_and_grad(loss, x, y, **own, **options),
+        value_and_grad(lambda x: references.region(formula, x, y, **options), x),
+    )
+
+
+@pytest.mark.parametrize("mode", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_soft_targets(name: str, mode: str) -> None:
+    """Mixed-up masks; a one-hot mask is worth its labels."""
+    loss, own, formula = LOSSES[name]
+    x, labels = sample("multiclass", 4, 5)
+    y = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
+    y = y.softmax(1) if mode == "multiclass" else y
+    weight = torch.linspace(0, 1, 40, dtype=x.dtype).reshape(2, 4, 5)
+    assert_same(
+        value_and_grad(loss, x, y, mode=mode, pixel_weight=weight, **own),
+        value_and_grad(
+            lambda x: references.region(formula, x, y, mode=mode, pixel_weight=weight), x
+        ),
+    )
+    hard, _ = references.one_hot(x, labels)
+    for dense in (hard, hard.bool(), hard.byte(), hard.long()):
+        assert_same(
+            value_and_grad(loss, x, dense, mode="multiclass", **own),
+            value_and_grad(loss, x, labels, **own),
+        )
+
+
+@pytest.mark.parametrize("places", [(), (6,), (4, 5), (2, 3, 4)])
+@pytest.mark.parametrize("mode", ["multiclass", "binary", "multilabel"])
+def test_layouts(mode: str, places: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, y = sample(mode, *(places or (1,)))
+    if not places:
+        x, y = x[..., 0], y[..., 0]
+    options: dict[str, Any] = {"mode": mode}
+    expected = references.region(references.dice(), x, y, **options)
+    assert_same(dice_loss(x, y, **options), expected)
+    if mode == "multiclass":
+        assert_same(dice_loss(x, y.unsqueeze(1)), expected)
+    if mode == "binary" and places:
+        assert_same(dice_loss(x[:, 0], y[:, 0], **options), expected)
+        assert_same(dice_loss(x, y[:, 0]), expected)
+    order = torch.randperm(x.shape[1], generator=generator)
+    if mode == "multilabel":
+        assert_same(dice_loss(x[:, order], y[:, order], **options), expected)
+
+
+def test_identities() -> None:
+    x, y = sample("multiclass", 4, 5)
+    for smooth in (0.0, 2.0):
+        assert_same(
+            value_and_grad(tversky_loss, x, y, alpha=0.5, beta=0.5, smooth=smooth),
+            value_and_grad(dice_loss, x, y, smooth=2 * smooth),
+        )
+        assert_same(
+            value_and_grad(tversky_loss, x, y, alpha=1, beta=1, smooth=smooth),
+            value_and_grad(jaccard_loss, x, y, smooth=smooth),
+        )
+    assert_same(
+        value_and_grad(focal_tversky_loss, x, y, gamma=1),
+        value_and_grad(tversky_loss, x, y, alpha=0.3, beta=0.7),
+    )
+    d = dice_loss(x, y, reduction="none")
+    assert_same(jaccard_loss(x, y, reduction="none"), 2 * d / (1 + d))
+
+
+def test_alpha_is_of_false_positives() -> None:
+    """By hand: tp = 4, fp = 12, fn = 0 (all predicted, a quarter true) and the reverse."""
+    y = torch.tensor([[1] * 4 + [0] * 12])
+    everything = torch.full((1, 1, 16), 40.0)
+    assert_same(
+        tversky_loss(everything, y, alpha=0.3, beta=0.7).item(), 1 - 4 / (4 + 0.3 * 12), 1e-6
+    )
+    quarter = torch.where(y == 1, 40.0, -40.0).unsqueeze(1)
+    all_true = torch.ones_like(y)
+    assert_same(
+        tversky_loss(quarter, all_true, alpha=0.3, beta=0.7).item(), 1 - 4 / (4 + 0.7 * 12), 1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["dice", "jaccard", "tversky"])
+@pytest.mark.parametrize("mode", ["multiclass", "binary", "multilabel"])
+@pytest.mark.parametrize("smooth", [0.0, 1.0])
+def test_equal_to_smp(name: str, mode: str, smooth: float) -> None:
+    """Where all classes are present. SMP's Dice counts its smooth twice, MONAI's and ours once."""
+    x, y = sample(mode, 6, 7)
+    loss, peer, own = {
+        "dice": (dice_loss, smp.DiceLoss(mode, smooth=smooth), {"smooth": 2 * smooth}),
+        "jaccard": (jaccard_loss, smp.JaccardLoss(mode, smooth=smooth), {"smooth": smooth}),
+        "tversky": (
+            tversky_loss,
+            smp.TverskyLoss(mode, smooth=smooth, alpha=0.3, beta=0.7),
+            {"smooth": smooth, "alpha": 0.3, "beta": 0.7},
+        ),
+    }[name]
+    assert_same(
+        value_and_grad(loss, x, y, mode=mode, **own),
+        value_and_grad(lambda x: peer(x, y), x),
+        rtol=1e-6,
+    )
+
+
+def test_focal_tversky_of_one_class_is_equal_to_smp() -> None:
+    """Of several classes SMP takes the power after the mean, the paper before."""
+    x, y = sample("binary", 6, 7)
+    peer = smp.TverskyLoss("binary", alpha=0.3, beta=0.7, gamma=0.75)
+    assert_same(
+        value_and_grad(focal_tversky_loss, x, y),
+        value_and_grad(lambda x: peer(x, y), x),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("smooth", [1.0, 0.5])
+def test_equal_to_monai(smooth: float) -> None:
+    monai = pytest.importorskip("monai.losses")
+    x, y = sample("multiclass", 6, 7)
+    peer = monai.DiceLoss(
+        softmax=True, to_onehot_y=True, batch=True, smooth_nr=smooth, smooth_dr=smooth
+    )
+    assert_same(
+        value_and_grad(dice_loss, x, y, smooth=smooth),
+        value_and_grad(lambda x: peer(x, y.unsqueeze(1)), x),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_absent_classes(name: str) -> None:
+    """Skipped, they dilute no mean; penalised, confident false positives get a real gradient."""
+    loss, own, _ = LOSSES[name]
+    x = torch.full((1, 1, 8, 8), 6.0)
+    y = torch.zeros(1, 8, 8, dtype=torch.long)
+    value, grad = value_and_grad(loss, x, y, **own)
+    assert value == 0
+    assert (grad == 0).all()
+    value, grad = value_and_grad(loss, x, y, absent="penalise", **own)
+    p = x.sigmoid()
+    torch.testing.assert_close(value, p.mean())
+    torch.testing.assert_close(grad, p * (1 - p) / 64)
+    present, absent = torch.randn(2, 2, 4, 4).double(), torch.full((2, 3, 4, 4), -30.0).double()
+    y = (torch.arange(16).reshape(1, 4, 4) % 2).expand(2, 4, 4)
+    alone = loss(present, y, **own)
+    torch.testing.assert_close(loss(torch.cat((present, absent), 1), y, **own), alone)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_perfect_and_worst_predictions(name: str) -> None:
+    """0 with a finite gradient, and 1, at logits of any size."""
+    loss, own, _ = LOSSES[name]
+    y = torch.arange(16).reshape(1, 4, 4) % 2
+    for scale in (40.0, 1e4):
+        x = (torch.stack((1 - y, y), 1).float() * 2 - 1) * scale
+        for sign in (1, -1):
+            value, grad = value_and_grad(loss, sign * x, y, **own)
+            assert grad.isfinite().all()
+            if "smooth" not in name:
+                torch.testing.assert_close(value, torch.tensor(float(sign < 0)))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ignored_pixels(name: str) -> None:
+    loss, own, _ = LOSSES[name]
+    for mode in ("multiclass", "binary"):
+        x, y = sample(mode, 4, 5, ignore_index=255)
+        options: dict[str, Any] = {"mode": mode, "ignore_index": 255, **own}
+        clean = value_and_grad(loss, x, y, **options)
+        assert_same(clean[0], loss(x[..., :-1], y[..., :-1], **options))
+        x[..., -1] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])
+        assert_same(value_and_grad(loss, x, y, **options), clean)
+        assert (clean[1][..., -1] == 0).all()
+
+
+def test_counts_of_large_images_keep_their_digits() -> None:
+    """A long chain of float32 additions of 0.1 would be half a percent off."""
+    places = 1 << 20
+    y = (torch.arange(places) % 2).to(torch.uint8).unsqueeze(0)
+    weight = torch.full((1, places), 0.1)
+    counts = statistics(torch.zeros(1, 2, places), y, ["regions"], pixel_weight=weight)
+    for found, share in ((counts.true, 0.5), (counts.pred, 0.5), (counts.tp, 0.25)):
+        expected = torch.full((1, 2), 0.1 * share * places)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)
+
+
+def test_errors() -> None:
+    x, y = torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="absent must be one of"):
+        dice_loss(x, y, absent="ignore")
+    with pytest.raises(ValueError, match=r"\(4,\) for 3 classes"):
+        dice_loss(x, y, class_weights=[1.0] * 4)
+    with pytest.raises(ValueError, match="do not fit together in mode 'multilabel'"):
+        dice_loss(x, y, mode="multilabel")
+    with pytest.raises(ValueError, match="pixel_weight requires grad"):
+        dice_loss(x, y, pixel_weight=torch.ones(2, 4, requires_grad=True))
+    with pytest.raises(ValueError, match="target holds 7,"):
+        dice_loss(x, y + 7)
