@@ -1,0 +1,298 @@
+"""Loss strings and sums of losses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from detseg_losses import (
+    CEDiceLoss,
+    LossSum,
+    SpecError,
+    binary_cross_entropy_loss,
+    build_loss,
+    cross_entropy_loss,
+    dice_loss,
+    jaccard_loss,
+    sigmoid_focal_loss,
+    tversky_loss,
+)
+from detseg_losses.pointwise import _Pointwise
+from detseg_losses.statistics import _Softmax
+
+
+def sample() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=generator)
+    return x.requires_grad_(), torch.randint(0, 3, (2, 4, 5), generator=generator)
+
+
+def grad_of(loss: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    return torch.autograd.grad(loss(x, *args, **options).sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "terms"),
+    [
+        ("ce", [(1, "ce", {})]),
+        ("  ce+dice ", [(1, "ce", {}), (1, "dice", {})]),
+        ("0.5*ce + 2 * dice(smooth=1)", [(0.5, "ce", {}), (2, "dice", {"smooth": 1})]),
+        ("1e-3*l1", [(1e-3, "l1", {})]),
+        ("(ce + dice) + jaccard()", [(1, "ce", {}), (1, "dice", {}), (1, "jaccard", {})]),
+        ("iou(mode='log', eps=1e-7)", [(1, "iou", {"mode": "log", "eps": 1e-7})]),
+        ("focal(alpha=None, gamma=1.5)", [(1, "focal", {"alpha": None, "gamma": 1.5})]),
+        (
+            "dice(per_image=True, ignore_index=-1)",
+            [(1, "dice", {"per_image": True, "ignore_index": -1})],
+        ),
+        ("focal(alpha=-1)", [(1, "focal", {"alpha": -1})]),
+    ],
+)
+def test_grammar(spec: str, terms: list[tuple[float, str, dict[str, Any]]]) -> None:
+    loss = build_loss(spec)
+    assert [(weight, term.name) for _, weight, term in loss.items()] == [t[:2] for t in terms]
+    for (_, _, term), (_, _, options) in zip(loss.items(), terms, strict=True):
+        assert term.options == term.defaults() | options
+    assert repr(build_loss(repr(loss))) == repr(loss)
+
+
+def test_lists_are_numbers_of_classes() -> None:
+    loss = build_loss("ce(class_weights=[1, 2.5, 0]) + focal(alpha=[0.25, 0.5, 1])")
+    ce, focal = loss.terms
+    assert ce.options["class_weights"].tolist() == [1, 2.5, 0]
+    assert focal.options["alpha"].tolist() == [0.25, 0.5, 1]
+    assert repr(loss) == "ce(class_weights=[1.0, 2.5, 0.0]) + focal(alpha=[0.25, 0.5, 1.0])"
+    assert loss.to(torch.float64).terms[0].options["class_weights"].dtype == torch.float64
+    assert not loss.state_dict()
+
+
+@pytest.mark.parametrize("weight", ["0.1", "0.123456789", "1234567.0", "1e-09", "3.0"])
+def test_repr_keeps_every_digit(weight: str) -> None:
+    loss = build_loss(f"{weight}*ce")
+    assert build_loss(repr(loss)).weights == loss.weights == [float(weight)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "column", "message"),
+    [
+        ("", 1, "is not a loss string"),
+        ("ce +", 1, "is not a loss string"),
+        ("giou ; ce", 6, "is not a loss string"),
+        ("ce dice", 4, "is not a loss string"),
+        ("ce\0", 1, "is not a loss string"),
+        ("focall", 1, "no loss 'focall'; did you mean 'focal'?"),
+        ("ce + dicee", 6, "no loss 'dicee'; did you mean 'dice'?"),
+        ("0.5*ce + 2*tverski", 12, "did you mean 'tversky'?"),
+        ("zzz", 1, "there are bce, ce, ciou, dice,"),
+        ("dice(smoth=1)", 6, "dice has no option 'smoth'; did you mean 'smooth'?"),
+        ("ce + l1(gamma=1)", 9, "l1 has no option 'gamma'; there are reduction"),
+        ("ce(0.1)", 4, "options are given as name=value"),
+        ("ce(**{})", 4, "ce has no option None"),
+        ("focal(gamma=1, gamma=2)", 16, "'gamma' is given twice"),
+        ("ce * 2", 1, "a weight is a number"),
+        ("True*ce", 1, "a weight is a number"),
+        ("'2'*ce", 1, "a weight is a number"),
+        ("ce - dice", 1, "expected the name of a loss"),
+        ("-ce", 1, "expected the name of a loss"),
+        ("0.5", 1, "expected the name of a loss"),
+        ("ce if 1 else dice", 1, "expected the name of a loss"),
+        ("focal(gamma=one)", 13, "the value of 'gamma' is not a number"),
+        ("ce(class_weights={1: 2})", 18, "the value of 'class_weights' is not a number"),
+        ("ce(class_weights=['a'])", 1, ""),
+        ("ce(reduction='avg')", 1, "reduction must be one of"),
+        ("torch.nn.L1Loss", 1, "expected the name of a loss"),
+    ],
+)
+def test_errors_point_at_the_column(spec: str, column: int, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        build_loss(spec)
+    assert isinstance(caught.value, ValueError)
+    assert f"column {column}:" in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "__import__('os').mkdir('made')",
+        "ce(label_smoothing=__import__('os').mkdir('made'))",
+        "(lambda: ce)()",
+        "[ce for ce in [1]]",
+        "ce(label_smoothing=(0).__class__)",
+        "f'{ce}'",
+        "ce.__class__",
+        "ce(label_smoothing=10**8)",
+    ],
+)
+def test_nothing_is_evaluated(spec: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError):
+        build_loss(spec)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_sum_to_the_total() -> None:
+    x, y = sample()
+    loss = build_loss("0.5*ce + dice(smooth=1) + 2*focal(mode='multiclass')", kind="segmentation")
+    total = loss(x, y)
+    assert list(loss.values) == ["ce", "dice", "focal"]
+    assert not any(value.requires_grad for value in loss.values.values())
+    torch.testing.assert_close(sum(loss.values.values()), total.detach())
+    expected = (
+        0.5 * cross_entropy_loss(x, y)
+        + dice_loss(x, y, smooth=1)
+        + 2 * sigmoid_focal_loss(x, y, mode="multiclass", reduction="mean")
+    )
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(grad_of(loss, x, y), torch.autograd.grad(expected, x)[0])
+
+
+def test_gradient_of_each_term() -> None:
+    x, y = sample()
+    terms = build_loss("0.5*ce + dice").compute(x, y)
+    (ce,) = torch.autograd.grad(terms["ce"], x, retain_graph=True)
+    (dice,) = torch.autograd.grad(terms["dice"], x, retain_graph=True)
+    torch.testing.assert_close(ce, 0.5 * grad_of(cross_entropy_loss, x, y))
+    torch.testing.assert_close(dice, grad_of(dice_loss, x, y))
+    (both,) = torch.autograd.grad(sum(terms.values()), x)
+    torch.testing.assert_close(both, ce + dice)
+
+
+@pytest.mark.parametrize(
+    ("spec", "channels", "softmax", "sigmoid"),
+    [
+        ("ce + dice", 3, 1, 0),
+        ("ce(label_smoothing=0.1) + dice + 0.5*tversky + jaccard(per_image=True)", 3, 1, 0),
+        ("ce(class_weights=[1, 2, 3]) + softmax_focal(class_weights=[1, 2, 3])", 3, 1, 0),
+        ("ce(class_weights=[1, 2, 3]) + softmax_focal", 3, 2, 0),
+        ("ce(ignore_index=0) + dice", 3, 2, 0),
+        ("ce + dice + focal", 3, 1, 1),
+        ("bce + dice + focal + focal(gamma=1) + jaccard", 1, 0, 1),
+        ("bce(pos_weight=[2]) + dice", 1, 0, 1),
+    ],
+)
+def test_terms_share_one_pass(
+    spec: str, channels: int, softmax: int, sigmoid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def count(engine: Any) -> None:
+        forward = engine.forward
+
+        def counted(*args: Any) -> Any:
+            calls.append(engine)
+            return forward(*args)
+
+        monkeypatch.setattr(engine, "forward", staticmethod(counted))
+
+    count(_Softmax)
+    count(_Pointwise)
+    x, y = sample()
+    x = x[:, :channels]
+    y = y.clamp(max=1) if channels == 1 else y
+    loss = build_loss(spec, kind="segmentation")
+    total = loss(x, y)
+    assert (calls.count(_Softmax), calls.count(_Pointwise)) == (softmax, sigmoid)
+    alone = [
+        weight * build_loss(repr(term), kind="segmentation")(x, y)
+        for _, weight, term in loss.items()
+    ]
+    torch.testing.assert_close(total, sum(alone))
+
+
+@pytest.mark.parametrize("spec", ["ce + dice", "bce + jaccard", "focal + tversky + dice"])
+def test_options_reach_every_term(spec: str) -> None:
+    """Defaults for all terms, and the weights of the pixels of this batch."""
+    x, y = sample()
+    if "ce + d" not in spec:
+        x, y = x[:, :1], y.clamp(max=1)
+    y = y.masked_fill(torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) < 0.3, 255)
+    weight = torch.rand(y.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    got = build_loss(spec, kind="segmentation", ignore_index=255)(x, y, pixel_weight=weight)
+    options: dict[str, Any] = {"ignore_index": 255, "pixel_weight": weight}
+    sigmoid: dict[str, Any] = {"mode": "binary", "ignore_index": 255, "weight": weight}
+    expected = {
+        "ce + dice": lambda: cross_entropy_loss(x, y, **options) + dice_loss(x, y, **options),
+        "bce + jaccard": lambda: (
+            binary_cross_entropy_loss(x, y, **sigmoid) + jaccard_loss(x, y, **options)
+        ),
+        "focal + tversky + dice": lambda: (
+            sigmoid_focal_loss(x, y, reduction="mean", **sigmoid)
+            + tversky_loss(x, y, **options)
+            + dice_loss(x, y, **options)
+        ),
+    }[spec]()
+    torch.testing.assert_close(got, expected)
+
+
+def test_defaults() -> None:
+    loss = build_loss("ce + dice(smooth=2, ignore_index=3)", smooth=1, ignore_index=255)
+    ce, dice = loss.terms
+    assert (ce.options["ignore_index"], dice.options["ignore_index"]) == (255, 3)
+    assert dice.options["smooth"] == 2
+    with pytest.raises(SpecError, match="no term of 'ce' has the option 'smooth'"):
+        build_loss("ce", smooth=1)
+
+
+def test_equal_names_are_numbered() -> None:
+    x = torch.tensor([[0.0, 0, 2, 2]])
+    y = torch.tensor([[1.0, 0, 3, 2]])
+    loss = build_loss("iou + 2*iou(mode='square') + iou(mode='log')")
+    total = loss(x, y)
+    assert list(loss.values) == ["iou", "iou_2", "iou_3"]
+    torch.testing.assert_close(total, torch.tensor(2 / 3 + 2 * 8 / 9 + 1.0986123))
+
+
+def test_kinds() -> None:
+    assert build_loss("bce").kind == "classification"
+    assert build_loss("bce", kind="segmentation").kind == "segmentation"
+    assert build_loss("bce + dice").kind == "segmentation"
+    assert build_loss("giou + iou").kind == "boxes"
+    assert build_loss("l1").kind == "deltas"
+    mixed = build_loss("giou + focal")
+    assert mixed.kind is None
+    with pytest.raises(TypeError, match="mixes kinds"):
+        mixed(torch.zeros(1, 4), torch.zeros(1, 4))
+    with pytest.raises(SpecError, match=r"'giou' is a loss of boxes, not of segmentation"):
+        build_loss("giou", kind="segmentation")
+    with pytest.raises(SpecError, match="'ce' is a loss of segmentation, not of classification"):
+        build_loss("focal + ce", kind="classification")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        build_loss("ce", kind="masks")  # type: ignore[arg-type]
+
+
+def test_reduction_none_stands_alone() -> None:
+    x, y = sample()
+    assert build_loss("ce(reduction='none')")(x, y).shape == y.shape
+    assert build_loss("bce(reduction='none')", kind="segmentation")(x, y).shape == x.shape
+    with pytest.raises(SpecError, match="reduction='none' has no meaning in a sum"):
+        build_loss("ce(reduction='none') + dice")
+
+
+def test_ce_dice() -> None:
+    x, y = sample()
+    y[0, 0] = 255
+    loss = CEDiceLoss(0.5, 2.0, ignore_index=255, smooth=1.0, label_smoothing=0.1)
+    expected = 0.5 * cross_entropy_loss(x, y, ignore_index=255, label_smoothing=0.1)
+    expected = expected + 2 * dice_loss(x, y, ignore_index=255, smooth=1.0)
+    torch.testing.assert_close(loss(x, y), expected)
+    torch.testing.assert_close(build_loss(repr(loss))(x, y), expected)
+    with pytest.raises(TypeError, match="dice has no option 'gamma'"):
+        CEDiceLoss(gamma=1)
+
+
+def test_sums_pickle_and_deepcopy() -> None:
+    x, y = sample()
+    loss = build_loss("0.5*ce(class_weights=[1, 2, 3]) + dice(smooth=1)", ignore_index=255)
+    value = loss(x, y)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert isinstance(twin, LossSum)
+        assert repr(twin) == repr(loss)
+        assert torch.equal(twin(x, y), value)
+        assert not twin.state_dict()
