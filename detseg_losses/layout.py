@@ -251,10 +251,12 @@ def _check_labels(y: Tensor, kept: Tensor | None, limits: tuple[int, int], valid
         return
     if not (validate or y.device.type == "cpu"):
         return
-    smallest, largest = y.aminmax()
+    # Widened: torch would compare a uint8 label with -1 or 299 modulo 256.
+    smallest, largest = (bound.float() for bound in y.aminmax())
     if low <= smallest and largest <= high:
         return
-    wrong = ~((y >= low) & (y <= high))
+    values = y.float()
+    wrong = ~((values >= low) & (values <= high))
     if kept is not None:
         wrong &= kept
     if wrong.any():
