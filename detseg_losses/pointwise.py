@@ -172,6 +172,8 @@ class _Pointwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return None, None, None, None, None
         logits, target, weight = ctx.saved_tensors
         formulas = tuple(f for f, g in zip(ctx.formulas, grads, strict=True) if g is not None)
         scales = [g.unsqueeze(-1) if ctx.summed else g for g in grads if g is not None]
