@@ -15,8 +15,8 @@ Kind = Literal["classification", "boxes", "deltas", "segmentation"]
 Reduction = Literal["none", "mean", "sum"]
 
 # Elements of one block on the CPU. A block and the handful of temporaries made from it stay in
-# the second-level cache, so that a long chain of operations reads the logits from memory once.
-BLOCK = 1 << 16
+# the caches, so that a long chain of operations reads the logits from memory once.
+BLOCK = 1 << 18
 
 
 class Loss(nn.Module):
@@ -140,6 +140,10 @@ class Block(NamedTuple):
     def of(self, tensor: Tensor) -> Tensor:
         """This block of a tensor ``(B, ..., P)``; a last dimension of 1 stands for all places."""
         return tensor[self.rows, ..., self.places if tensor.shape[-1] > 1 else slice(None)]
+
+    def holds(self, mask: Tensor) -> bool:
+        """Whether a mask holds anything; without a look where the device would have to wait."""
+        return self is WHOLE or bool(mask.any())
 
 
 WHOLE = Block(0, slice(None), slice(None))

@@ -116,7 +116,9 @@ class CrossEntropy(Formula):
         return s.pos * column(self.pos_weight) if y else s.neg
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return mix(s.p, -s.q * column(self.pos_weight), y)
+        if isinstance(y, Tensor):
+            return s.p * (1 - y) - s.q * y * column(self.pos_weight)
+        return -s.q * column(self.pos_weight) if y else s.p
 
 
 @dataclass(frozen=True)
@@ -131,18 +133,19 @@ class Focal(Formula):
             raise ValueError(f"gamma must not be negative: {self.gamma}")
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        missed = mix(s.p, s.q, y)
-        return self.weighted(missed.pow(self.gamma) * s.cross_entropy(y), y)
+        return self.weighted(s.missed(y).pow(self.gamma) * s.cross_entropy(y), y)
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        missed = mix(s.p, s.q, y)
+        missed = s.missed(y)
+        # The slope of log(missed) and that of the cross entropy, but for the sign of a positive.
         if isinstance(y, Tensor):
-            # d log(missed) / dx, where p q = 0 wherever missed = 0.
+            # p q = 0 wherever missed = 0.
             tilt = s.p * s.q * (1 - 2 * y) / missed.clamp(min=torch.finfo(missed.dtype).tiny)
+            rise = mix(s.p, -s.q, y)
         else:
-            tilt = mix(s.q, -s.p, y)
-        slope = tilt * s.cross_entropy(y) * self.gamma + mix(s.p, -s.q, y)
-        return self.weighted(missed.pow(self.gamma) * slope, y)
+            tilt, rise = 1 - missed, missed
+        slope = missed.pow(self.gamma) * (tilt * s.cross_entropy(y) * self.gamma + rise)
+        return self.weighted(-slope if not isinstance(y, Tensor) and y else slope, y)
 
     def weighted(self, values: Tensor, y: Label) -> Tensor:
         if self.alpha is None or (not isinstance(self.alpha, Tensor) and self.alpha == -1):

@@ -26,6 +26,8 @@ Label: TypeAlias = "Tensor | int"
 class Sigmoid:
     """Logits ``x`` and what formulas ask of them, accurate relative to its own size everywhere.
 
+    What a formula does not ask for is not computed.
+
     Attributes:
         p: sigmoid(x).
         q: sigmoid(-x), which is 1 - p without the cancellation.
@@ -35,35 +37,51 @@ class Sigmoid:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
+        self.p = x.sigmoid()
+        self._q: Tensor | None = None
+        self._log1p: Tensor | None = None
         # A gradient of the gradient is wanted: the formulas below have kinks at 0 that cancel in
         # value but not under autograd.
         self.differentiable = x.requires_grad and torch.is_grad_enabled()
-        if self.differentiable:
-            self.p, self.q = x.sigmoid(), (-x).sigmoid()
-            return
-        e = x.abs().neg_().exp_()
-        u = e + 1
-        r = u.reciprocal()
-        er = e * r
-        positive = x >= 0
-        self.p = torch.where(positive, r, er)
-        self.q = torch.where(positive, er, r)
-        # log1p(e): the logarithm of the rounded sum, plus the first-order effect of the rounding.
-        # Several times faster than torch.log1p on a CPU, and right to 2e-7 relative.
-        self.log1p = (e - (u - 1)).mul_(r).add_(u.log_())
+
+    @property
+    def q(self) -> Tensor:
+        if self._q is None:
+            self._q = (-self.x).sigmoid()
+        return self._q
 
     @property
     def neg(self) -> Tensor:
-        return F.softplus(self.x) if self.differentiable else self.x.relu() + self.log1p
+        return F.softplus(self.x) if self.differentiable else self.x.relu().add_(self.log1p)
 
     @property
     def pos(self) -> Tensor:
-        return F.softplus(-self.x) if self.differentiable else (-self.x).relu_() + self.log1p
+        return F.softplus(-self.x) if self.differentiable else (-self.x).relu_().add_(self.log1p)
+
+    @property
+    def log1p(self) -> Tensor:
+        """``log(1 + exp(-|x|))``: the logarithm of the rounded sum, plus the effect of rounding.
+
+        Several times faster than ``torch.log1p`` on some CPUs, and right to 2e-7 relative.
+        """
+        if self._log1p is None:
+            e = self.x.abs().neg_().exp_()
+            u = e + 1
+            self._log1p = e.sub_(u - 1).div_(u).add_(u.log())
+        return self._log1p
+
+    def missed(self, y: Label) -> Tensor:
+        """The probability of the wrong answer."""
+        if isinstance(y, Tensor):
+            return mix(self.p, self.q, y)
+        return self.q if y else self.p
 
     def cross_entropy(self, y: Label) -> Tensor:
-        if isinstance(y, Tensor):
-            return self.neg * (1 - y) + self.pos * y
-        return self.pos if y else self.neg
+        if not isinstance(y, Tensor):
+            return self.pos if y else self.neg
+        if self.differentiable:
+            return F.softplus(self.x) - self.x * y
+        return (self.x.relu() - self.x * y).add_(self.log1p)
 
 
 def mix(negative: Any, positive: Any, y: Label) -> Any:
@@ -204,8 +222,8 @@ def _evaluate(
     """The values or slopes of the formulas in one block."""
     x, y = tile.of(logits).to(compute_dtype(logits.dtype)), tile.of(target)
     w = None if weight is None else tile.of(weight)
-    if w is not None:
-        x = x.masked_fill(w == 0, 0)  # what is left out may even be infinite
+    if w is not None and tile.holds(left_out := w == 0):
+        x = x.masked_fill(left_out, 0)  # it may even be infinite
     results = []
     if target.dim() == logits.dim():
         s, y = Sigmoid(x), y.to(x.dtype)
