@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,9 @@ def data_root() -> Path:
     if not root:
         pytest.skip("DETSEG_DATA does not name a directory of real data")
     return Path(root)
+
+
+@pytest.fixture(params=["cpu", *["cuda"][: torch.cuda.device_count()]])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that there is."""
+    return torch.device(request.param)
