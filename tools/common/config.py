@@ -85,7 +85,7 @@ class TrainConfig:
     clip: float = 10.0
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     devices: int | Literal["auto"] = "auto"
-    eval_every: int = 1
+    eval_every: int = 3
     log_every: int = 10
     checkpoint_every: int = 200
 
