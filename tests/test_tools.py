@@ -200,6 +200,7 @@ def test_shipped_configurations_are_valid(task: str, capsys: pytest.CaptureFixtu
         ("train_det", ["--train.accumulate=3"], "accumulate"),
         ("train_det", ["--model.weights=missing.pth"], "missing.pth"),
         ("train_det", ["--model.anchors=[16]"], "anchors"),
+        ("train_det", ["--output=/dev/null"], "/dev/null"),
         ("train_det", ["--resume"], "--output"),
         ("train_det", ["--resume", "--output=nowhere"], "nowhere"),
         ("train_seg", ["--loss=giou+dice"], "giou"),

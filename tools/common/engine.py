@@ -59,6 +59,8 @@ def _choose_output(config: TrainingConfig) -> Path:
         kind = "det" if config.task == "detection" else "seg"
         return next(p for n in count(1) if not (p := Path(f"runs/{kind}-{n}")).exists())
     output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output {output} is a file, not a folder")
     if not config.resume and (output / "last.ckpt").exists():
         raise UsageError(f"{output} holds a run: add --resume to go on, or name another folder")
     return output
