@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from references import value_and_grad
 from torch import Tensor
 
-from detseg_losses import cross_entropy_loss, softmax_focal_loss
+from detseg_losses import cross_entropy_loss, softmax_focal_loss, statistics
 
 WEIGHTS = [0.5, 1.0, 4.0]  # exact in float32
 
@@ -183,6 +183,28 @@ def test_ignored_pixels(function: Any) -> None:
     value, grad = value_and_grad(function, x, y, ignore_index=255)
     assert_same((value, grad), clean)
     assert (grad[:, :, :2] == 0).all()
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_statistics_by_themselves(dense: bool) -> None:
+    """Each of the small tensors has its own gradient, 0 where a pixel is left out."""
+    x, y = sample(2, 2, batch=1)
+    weight = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=x.dtype).reshape(1, 2, 2)
+    target = probabilities(x) if dense else y
+
+    def maps(x: Tensor) -> tuple[Tensor, ...]:
+        s = statistics(
+            x,
+            target,
+            ["nll", "smooth", "regions"],
+            mode="multiclass",
+            pixel_weight=weight,
+            class_weights=WEIGHTS,
+        )
+        return s.nll, s.smooth, s.tp, s.pred
+
+    assert torch.autograd.gradcheck(maps, (x.requires_grad_(),))
+    assert torch.autograd.gradgradcheck(maps, (x,))
 
 
 @pytest.mark.parametrize(
