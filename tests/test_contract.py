@@ -429,9 +429,9 @@ def test_labels_out_of_range_are_named(name: str, kind: str) -> None:
 @dense_cases
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.uint8, 300), (torch.int8, 200)])
 def test_labels_in_range_are_taken(name: str, kind: str, dtype: torch.dtype, classes: int) -> None:
-    """However few bits they have: as int8, 200 classes are -56."""
+    """However few bits they have: as int8, 200 classes are -56; as uint8, -100 is label 156."""
     x = torch.randn(2, 5, classes, generator=torch.Generator().manual_seed(0))
     x = x if kind == "classification" else x.transpose(1, 2)
-    y = torch.arange(10).reshape(2, 5)
-    loss = make(name, kind)
+    y = torch.arange(10).reshape(2, 5) * 12 + (60 if dtype == torch.uint8 else 0)
+    loss = make(name, kind, ignore_index=-100)
     torch.testing.assert_close(loss(x, y.to(dtype)), loss(x, y))

@@ -171,6 +171,7 @@ def test_gradient_of_each_term() -> None:
         ("ce(label_smoothing=0.1) + dice + 0.5*tversky + jaccard(per_image=True)", 3, 1, 0),
         ("ce(class_weights=[1, 2, 3]) + softmax_focal(class_weights=[1, 2, 3])", 3, 1, 0),
         ("ce(class_weights=[1, 2, 3]) + softmax_focal", 3, 2, 0),
+        ("dice + ce(class_weights=[1, 2, 3], label_smoothing=0.1) + softmax_focal", 3, 2, 0),
         ("ce(ignore_index=0) + dice", 3, 2, 0),
         ("ce + dice + focal", 3, 1, 1),
         ("bce + dice + focal + focal(gamma=1) + jaccard", 1, 0, 1),
