@@ -190,11 +190,23 @@ def processes(sync: bool) -> int:
 
 def world_sum(values: Tensor, sync: bool) -> Tensor:
     """The sum over all processes where ``sync`` asks for it; autograd flows through it."""
-    if processes(sync) == 1:
-        return values
-    from torch.distributed.nn.functional import all_reduce  # slow to import
+    return values if processes(sync) == 1 else _AllReduce.apply(values)
 
-    return all_reduce(values)
+
+class _AllReduce(torch.autograd.Function):
+    """A sum over the processes, of which each one's result depends on every one's input."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def mean_of_sums(sums: Tensor, counts: Tensor, *, per_image: bool, sync: bool) -> Tensor:

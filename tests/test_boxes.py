@@ -8,18 +8,18 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-import references
 import torch
 import torchvision
-from references import value_and_grad
 from torch import Tensor
 
+import references
 from detseg_losses import (
     complete_box_iou_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
     iou_loss,
 )
+from references import value_and_grad
 
 FAMILY: dict[str, Any] = {
     "iou": iou_loss,

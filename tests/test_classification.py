@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import references
 import torch
 import torch.nn.functional as F
 import torchvision
-from references import value_and_grad
 from torch import Tensor
 
+import references
 from detseg_losses import binary_cross_entropy_loss, sigmoid_focal_loss
+from references import value_and_grad
 
 GAMMAS = (0, 0.5, 1, 1.5, 2, 3)
 LOSSES = {"focal": (sigmoid_focal_loss, references.focal)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from references import value_and_grad
 
 from detseg_losses import l1_loss, smooth_l1_loss
+from references import value_and_grad
 
 X = torch.tensor([[-3.0, -1.0, -0.5, 0.0], [0.05, 0.5, 1.0, 4.0]], dtype=torch.float64)
 Y = torch.zeros_like(X)

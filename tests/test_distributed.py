@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_in_processes
 from torch import Tensor, nn
 
 from detseg_losses import build_loss
+from processes import run_in_processes
 
 SPECS = [
     "dice(per_image=False)",

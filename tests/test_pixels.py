@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import references
 import torch
 import torch.nn.functional as F
-from references import value_and_grad
 from torch import Tensor
 
+import references
 from detseg_losses import cross_entropy_loss, softmax_focal_loss, statistics
+from references import value_and_grad
 
 WEIGHTS = [0.5, 1.0, 4.0]  # exact in float32
 

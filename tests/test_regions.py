@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import references
 import torch
-from references import value_and_grad
 from segmentation_models_pytorch import losses as smp
 from torch import Tensor
 
+import references
 from detseg_losses import (
     dice_loss,
     focal_tversky_loss,
@@ -18,6 +17,7 @@ from detseg_losses import (
     statistics,
     tversky_loss,
 )
+from references import value_and_grad
 
 WEIGHTS = [0.5, 1.0, 4.0]
 LOSSES: dict[str, tuple[Any, dict[str, float], Any]] = {

@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from processes import run_in_processes
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet18
 from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn_v2
@@ -18,6 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 import detseg_losses
 from detseg_losses import SpecError
 from detseg_losses.integrations import restore_losses, use_losses
+from processes import run_in_processes
 
 CLASSES = 7
 

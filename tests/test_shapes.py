@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common.shapes import CLASSES, make_shapes
 
+from common.shapes import CLASSES, make_shapes
 from detseg_losses.integrations.coco import (
     CocoDetection,
     CocoSegmentation,

@@ -10,13 +10,13 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from processes import run_in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detseg_losses import SpecError, build_loss
 from detseg_losses.integrations import restore_losses, use_losses
 from detseg_losses.integrations import smp as ours
+from processes import run_in_processes
 
 CLASSES = 4
 MODES = ["binary", "multiclass", "multilabel"]

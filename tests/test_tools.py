@@ -14,22 +14,22 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import eval_det
-import eval_seg
 import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
+from PIL import Image
+
+import eval_det
+import eval_seg
 import train_det
 import train_seg
-import yaml
 from common.config import DataConfig, DetectorConfig, SegmenterConfig
 from common.detectors import build_detector, load_detector_weights
 from common.errors import UsageError
 from common.segmenters import build_segmenter, load_segmenter_weights
 from common.shapes import make_shapes
-from PIL import Image
-
 from detseg_losses.integrations.coco import CocoSegmentation, find_coco
 
 TOOLS = Path(train_det.__file__).parent

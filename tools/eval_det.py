@@ -10,14 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric import Fabric
+
 from common.config import DetectionConfig, EvalDetectionConfig, from_dict, parse_evaluation
 from common.data import load_data
 from common.detectors import build_detector
 from common.errors import UsageError, usage_errors
 from common.evaluate import check_classes, detect
 from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
-from lightning_fabric import Fabric
-
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.coco import coco_metrics, load_annotations, load_results
 from detseg_losses.integrations.voc import voc_metrics

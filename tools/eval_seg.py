@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
+from PIL import Image
+
 from common.config import EvalSegmentationConfig, SegmentationConfig, from_dict, parse_evaluation
 from common.data import load_data
 from common.errors import usage_errors
 from common.evaluate import check_classes, segment
 from common.report import draw_masks, handful, print_metrics, write_metrics
 from common.segmenters import build_segmenter
-from lightning_fabric import Fabric
-from PIL import Image
-
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import VOID
 from detseg_losses.integrations.voc import ConfusionMatrix

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
 from common.checkpoint import load_checkpoint
 from common.config import SegmentationConfig, parse_training
 from common.data import Batch, TrainingImages, load_data
@@ -15,8 +17,6 @@ from common.errors import usage_errors
 from common.evaluate import check_classes, evaluate_segmenter, normalize, segment
 from common.report import draw_masks, handful, plot_curves, print_metrics, write_metrics
 from common.segmenters import build_segmenter, load_segmenter_weights
-from torch import Tensor, nn
-
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import VOID
 
