@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
@@ -68,6 +69,8 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, L
         if not (isinstance(node.left, ast.Constant) and type(node.left.value) in (int, float)):
             raise _error(spec, node.left.col_offset + 1, "a weight is a number, as in '0.5*l1'")
         weight, node = float(ast.literal_eval(node.left)), node.right
+        if not math.isfinite(weight):
+            raise _error(spec, 1, "a weight is a finite number")
     call = node
     keywords = []
     if isinstance(node, ast.Call):
@@ -90,9 +93,21 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, L
             raise _error(spec, column, f"{keyword.arg!r} is given twice")
         options[keyword.arg] = _literal(keyword, spec)
     try:
-        return weight, cls(**{k: v for k, v in defaults.items() if k in known} | options)
+        loss = cls(**{k: v for k, v in defaults.items() if k in known} | options)
+        loss(*_smallest_input(loss))  # a value that the function refuses shows here, not in step 1
     except (ValueError, TypeError) as error:
-        raise _error(spec, call.col_offset + 1, str(error)) from None
+        raise _error(spec, call.col_offset + 1, f"{call.id}: {error}") from None
+    return weight, loss
+
+
+def _smallest_input(loss: Loss) -> tuple[Tensor, Tensor]:
+    """A prediction and a target of one place that fit the options of a loss."""
+    if loss.kinds[0] in ("boxes", "deltas"):
+        return torch.zeros(1, 4), torch.zeros(1, 4)
+    mode = loss.options["mode"]
+    classes = max((weights.numel() for weights in loss.buffers()), default=2)
+    logits = torch.zeros(1, 1 if mode == "binary" else classes)
+    return logits, torch.zeros_like(logits) if mode == "multilabel" else torch.zeros(1).long()
 
 
 def _literal(keyword: ast.keyword, spec: str) -> Any:

@@ -297,3 +297,32 @@ def test_sums_pickle_and_deepcopy() -> None:
         assert repr(twin) == repr(loss)
         assert torch.equal(twin(x, y), value)
         assert not twin.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("giou + focal(gamma=-1)", "column 8: focal: gamma must not be negative"),
+        ("iou(mode='x')", "iou: mode must be one of"),
+        ("ce(label_smoothing='a')", "ce: .*str"),
+        ("dice(smooth=1, absent='never')", "dice: absent must be one of"),
+        ("1e999*ce", "a weight is a finite number"),
+    ],
+)
+def test_a_bad_value_shows_before_the_first_step(spec, message):
+    with pytest.raises(SpecError, match=message):
+        build_loss(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "bce(mode='binary', pos_weight=[3.0])",
+        "dice(mode='multilabel', class_weights=[1.0, 2.0, 3.0])",
+        "focal(mode='multiclass', alpha=[0.5, 0.25, 0.125])",
+        "ce(class_weights=[1.0, 2.0], label_smoothing=0.1)",
+        "bce(pos_weight=[1.0, 2.0, 3.0])",
+    ],
+)
+def test_good_values_in_every_mode_are_accepted(spec):
+    assert repr(build_loss(repr(build_loss(spec)))) == repr(build_loss(spec))
