@@ -87,7 +87,7 @@ def generalized_box_iou_loss(
     pair = _Pair(boxes1, boxes2, eps, validate)
     width, height = pair.enclosing
     area = width * height
-    return reduce(1 - pair.iou + divide(area - pair.union, area + eps), reduction)
+    return reduce(1 - pair.iou + divide(area - pair.union, area + pair.eps), reduction)
 
 
 def distance_box_iou_loss(
@@ -161,14 +161,16 @@ def complete_box_iou_loss(
 
 
 class _Pair:
-    """What the family knows of two boxes, each ``(*)``."""
+    """What the family knows of two boxes, each ``(*)``.
+
+    Lengths are in units of the box around both, so that no square of them over- or underflows.
+    """
 
     def __init__(self, boxes1: Tensor, boxes2: Tensor, eps: float, validate: bool) -> None:
         if boxes1.shape != boxes2.shape or boxes1.shape[-1:] != (4,):
             raise ValueError(
                 f"boxes must have one shape (*, 4): {tuple(boxes1.shape)}, {tuple(boxes2.shape)}"
             )
-        self.eps = eps
         self.boxes1 = boxes1.to(compute_dtype(boxes1.dtype))
         self.boxes2 = boxes2.to(self.boxes1.dtype)
         if validate:
@@ -176,20 +178,26 @@ class _Pair:
             _check_boxes("boxes2", self.boxes2)
         (ax1, ay1), (ax2, ay2) = self.boxes1[..., :2].unbind(-1), self.boxes1[..., 2:].unbind(-1)
         (bx1, by1), (bx2, by2) = self.boxes2[..., :2].unbind(-1), self.boxes2[..., 2:].unbind(-1)
-        self.size1 = (ax2 - ax1).clamp(min=0), (ay2 - ay1).clamp(min=0)
-        self.size2 = (bx2 - bx1).clamp(min=0), (by2 - by1).clamp(min=0)
-        self.enclosing = (
-            (torch.max(ax2, bx2) - torch.min(ax1, bx1)).clamp(min=0),
-            (torch.max(ay2, by2) - torch.min(ay1, by1)).clamp(min=0),
-        )
-        self.offset = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
-        overlap = (torch.min(ax2, bx2) - torch.max(ax1, bx1)).clamp(min=0)
-        intersection = overlap * (torch.min(ay2, by2) - torch.max(ay1, by1)).clamp(min=0)
+        width = torch.max(ax2, bx2) - torch.min(ax1, bx1)
+        height = torch.max(ay2, by2) - torch.min(ay1, by1)
+        unit = torch.max(width, height).detach()
+        unit = torch.where(unit > 0, unit, 1)
+
+        def length(difference: Tensor) -> Tensor:
+            return difference.clamp(min=0) / unit
+
+        self.eps = eps / unit / unit
+        self.size1 = length(ax2 - ax1), length(ay2 - ay1)
+        self.size2 = length(bx2 - bx1), length(by2 - by1)
+        self.enclosing = length(width), length(height)
+        self.offset = (ax1 + ax2 - bx1 - bx2) / unit / 2, (ay1 + ay2 - by1 - by2) / unit / 2
+        overlap = length(torch.min(ax2, bx2) - torch.max(ax1, bx1))
+        intersection = overlap * length(torch.min(ay2, by2) - torch.max(ay1, by1))
         area1, area2 = self.size1[0] * self.size1[1], self.size2[0] * self.size2[1]
         self.union = area1 + area2 - intersection
         # Two boxes without an area are one box or none, and the ratio cannot tell.
         same = (self.boxes1 == self.boxes2).all(-1) & (ax2 >= ax1) & (ay2 >= ay1)
-        iou = divide(intersection, self.union + eps)
+        iou = divide(intersection, self.union + self.eps)
         self.iou = torch.where((self.union == 0) & same, 1, iou)
 
     def distance(self) -> Tensor:

@@ -8,6 +8,7 @@ With a ``mode`` the inputs are the logits ``(B, C, *)`` of a segmentation model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -34,6 +35,7 @@ class ClassificationOptions(TypedDict, total=False):
         validate: check the labels also where that makes the device wait.
         weight: weight of each row or entry, broadcast to ``(*)`` or ``(*, K)``, or of each pixel,
             ``(B, *)``; a mean is the weighted one, and a weight of 0 leaves out.
+        pixel_weight: the same, by the name that it has in the other segmentation losses.
     """
 
     mode: Mode | None
@@ -43,6 +45,7 @@ class ClassificationOptions(TypedDict, total=False):
     sync: bool
     validate: bool
     weight: Tensor | None
+    pixel_weight: Tensor | None
 
 
 def sigmoid_focal_loss(
@@ -129,8 +132,8 @@ class Focal(Formula):
     def __post_init__(self) -> None:
         if isinstance(self.alpha, (int, float)) and not (self.alpha == -1 or 0 <= self.alpha <= 1):
             raise ValueError(f"alpha must be in [0, 1], or -1 or None for no weight: {self.alpha}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma must not be negative: {self.gamma}")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must not be negative or infinite: {self.gamma}")
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return self.weighted(s.missed(y).pow(self.gamma) * s.cross_entropy(y), y)
@@ -167,8 +170,10 @@ def _sigmoid_loss(
     sync: bool = False,
     validate: bool = False,
     weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
 ) -> Tensor:
     check_choice("reduction", reduction, Reduction)
+    weight = pixel_weight if weight is None else weight
     if isinstance(inputs, Statistics):
         batch = inputs.batch
     elif targets is None:

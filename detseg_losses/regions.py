@@ -164,6 +164,8 @@ def focal_tversky_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
+    if gamma <= 0:
+        raise ValueError(f"gamma must be positive: {gamma}")
     r = regions(logits, target, **options)
     loss = 1 - r.tversky(alpha, beta, smooth)
     # The slope at 0 is infinite for gamma < 1: a perfect class costs 0 and has no gradient.

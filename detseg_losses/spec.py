@@ -68,9 +68,10 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, L
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         if not (isinstance(node.left, ast.Constant) and type(node.left.value) in (int, float)):
             raise _error(spec, node.left.col_offset + 1, "a weight is a number, as in '0.5*l1'")
-        weight, node = float(ast.literal_eval(node.left)), node.right
+        weight = float(ast.literal_eval(node.left))
         if not math.isfinite(weight):
-            raise _error(spec, 1, "a weight is a finite number")
+            raise _error(spec, node.col_offset + 1, "a weight is a finite number")
+        node = node.right
     call = node
     keywords = []
     if isinstance(node, ast.Call):
@@ -94,7 +95,8 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, L
         options[keyword.arg] = _literal(keyword, spec)
     try:
         loss = cls(**{k: v for k, v in defaults.items() if k in known} | options)
-        loss(*_smallest_input(loss))  # a value that the function refuses shows here, not in step 1
+        # A value that the function refuses shows here and not in the first step.
+        loss(*_smallest_input(loss), **({"sync": False} if "sync" in known else {}))
     except (ValueError, TypeError) as error:
         raise _error(spec, call.col_offset + 1, f"{call.id}: {error}") from None
     return weight, loss
@@ -188,6 +190,15 @@ class LossSum(nn.Module):
         }
         self.values = {name: value.detach() for name, value in values.items()}
         return values
+
+    def check_classes(self, classes: int) -> None:
+        """Raise a SpecError on a term whose weights are not one number or one for each class."""
+        for name, _, loss in self.items():
+            for option, weights in loss.named_buffers():
+                if weights.numel() not in (1, classes):
+                    raise SpecError(
+                        f"{name!r} has {weights.numel()} {option}, and the model {classes} classes"
+                    )
 
     def items(self) -> Iterator[tuple[str, float, Loss]]:
         """Name, weight and loss of each term."""

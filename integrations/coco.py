@@ -414,7 +414,7 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
         each reason why a number is None or predictions were left out.
 
     Raises:
-        DataError: an object of the ground truth has no box.
+        DataError: the ground truth has no images, or an object of it no box, image or category.
     """
     notes: list[str] = []
     usable = usable_results(ground_truth, results, notes)
@@ -434,8 +434,13 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
 
 
 def _evaluate(ground_truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
+    if not ground_truth["images"]:
+        raise DataError("ground truth: there are no images, so nothing can be judged")
     objects = []
     for number, annotation in enumerate(ground_truth["annotations"], start=1):
+        for key in ("image_id", "category_id"):
+            if key not in annotation:
+                raise DataError(f"ground truth: annotations[{number - 1}] has no {key}")
         bbox = annotation.get("bbox")
         if not _are_numbers(bbox, 4):
             raise DataError(

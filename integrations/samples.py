@@ -376,8 +376,8 @@ def image_size(file: Path, faults: list[Fault]) -> tuple[int, int] | None:
     """Width and height of a usable image; None, and a fault more, for any other.
 
     Decoding every image at the start of each run would take minutes on a large data set. Read are
-    the header and the end of the file; only where the end mark of JPEG or PNG is missing the image
-    is decoded, to tell a truncated file. Damage in the middle shows in :func:`read_image`.
+    the header and the end of the file; only where there is no end mark of JPEG or PNG the image is
+    decoded, to tell a truncated file. Damage in the middle shows in :func:`read_image`.
     """
     try:
         with file.open("rb") as stream:
@@ -385,7 +385,8 @@ def image_size(file: Path, faults: list[Fault]) -> tuple[int, int] | None:
                 size, image_format = image.size, image.format or ""
             stream.seek(0, 2)
             stream.seek(max(0, stream.tell() - 4096))
-            complete = _END_MARKS.get(image_format, b"") in stream.read()
+            mark = _END_MARKS.get(image_format)
+            complete = mark is not None and mark in stream.read()
         if not complete:
             read_image(file)
     except FileNotFoundError:

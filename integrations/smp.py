@@ -146,6 +146,7 @@ def _check_fit(loss: LossSum, model: SegmentationModel) -> None:
     classes = [m for m in model.segmentation_head.modules() if isinstance(m, nn.Conv2d)][
         -1
     ].out_channels
+    loss.check_classes(classes)
     for name, _, term in loss.items():
         options = term.options
         mode = options["mode"] or ("binary" if classes == 1 else "multiclass")

@@ -53,7 +53,8 @@ def use_losses(model: RetinaNet, spec: str, *, normalizer: Normalizer = "image")
         The model.
 
     Raises:
-        SpecError: on a string that cannot be read, or a term that has no role here.
+        SpecError: on a string that cannot be read, a term that has no role here, or weights that
+            are not one for each class that the head counts.
     """
     check_choice("normalizer", normalizer, Normalizer)
     loss = build_loss(spec)
@@ -71,6 +72,7 @@ def use_losses(model: RetinaNet, spec: str, *, normalizer: Normalizer = "image")
                 f"{spec!r} has no loss of {' or '.join(kinds)}: {role!r} stays as it is",
                 stacklevel=3,
             )
+    loss.check_classes(model.head.classification_head.num_classes)
     restore_losses(model)
     model.head = RetinaNetLossHead(model.head, loss, normalizer)
     return model

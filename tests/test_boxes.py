@@ -234,3 +234,15 @@ def test_ciou_is_0_with_a_finite_gradient_at_a_perfect_prediction() -> None:
     wide, square = torch.tensor([[0.0, 0, 4, 2]]), torch.tensor([[1.0, 0, 3, 2]])
     _, grad = value_and_grad(complete_box_iou_loss, wide, square)
     assert grad[0, 2] > 0 > grad[0, 0]
+
+
+@pytest.mark.parametrize("side", [1e-30, 1e-23, 1e-20, 1e19, 1e30])
+@pytest.mark.parametrize("loss", FAMILY.values(), ids=FAMILY)
+def test_boxes_of_any_size_are_one_loss(loss: Any, side: float) -> None:
+    unit = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]])
+    other = torch.tensor([[0.5, 0.25, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]])
+    boxes = (unit * side).requires_grad_()
+    values = loss(boxes, other * side)
+    torch.testing.assert_close(values, loss(unit, other))
+    values.sum().backward()
+    assert boxes.grad.isfinite().all()

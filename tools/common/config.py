@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from common.checkpoint import load_checkpoint
 from common.errors import UsageError, fail
@@ -25,8 +26,10 @@ class DataConfig:
         format: shapes is made on first use; coco and voc are the usual folder layouts.
         root: Folder of the data set; shapes are made there, by default in ./data.
         train_split: Name of the training split.
-        val_split: Name of the validation split; where it is missing, a part of the training split
-            is set aside by seed.
+        val_split: Name of the validation split; where the training split is the only one, a part
+            of it is set aside by seed.
+        train_list: File with the names of the training images to use, one a line.
+        val_list: The same for the validation images.
         subset: Use only so many images of each split, chosen by seed.
         classes: Use only these classes, in this order.
         size: Height and width (or one number for both) into which every image is fitted, keeping
@@ -43,7 +46,9 @@ class DataConfig:
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
-    subset: int | None = None
+    train_list: str | None = None
+    val_list: str | None = None
+    subset: PositiveInt | None = None
     classes: list[str] | None = None
     size: int | list[int] = 128
     crop: int | list[int] | None = None
@@ -51,7 +56,7 @@ class DataConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     faults: Literal["skip", "refuse"] = "skip"
-    workers: int = 0
+    workers: NonNegativeInt = 0
 
 
 @dataclass
@@ -60,8 +65,7 @@ class TrainConfig:
 
     Args:
         epochs: Passes over the training images; 0 only evaluates.
-        batch_size: Images per optimizer step, counted over all processes and accumulated parts, so
-            that neither the number of devices nor accumulate changes what is computed.
+        batch_size: Images per optimizer step, counted over all processes and accumulated parts.
         accumulate: Parts in which each process handles its share of a batch, to save memory.
         optimizer: AdamW, or SGD with momentum 0.9.
         lr: Highest learning rate.
@@ -75,19 +79,19 @@ class TrainConfig:
         checkpoint_every: Steps between writes of last.ckpt within an epoch.
     """
 
-    epochs: int = 9
-    batch_size: int = 8
-    accumulate: int = 1
+    epochs: NonNegativeInt = 9
+    batch_size: PositiveInt = 8
+    accumulate: PositiveInt = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 2e-3
-    weight_decay: float = 0.01
+    lr: PositiveFloat = 2e-3
+    weight_decay: NonNegativeFloat = 0.01
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
-    clip: float = 10.0
+    clip: NonNegativeFloat = 10.0
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     devices: int | Literal["auto"] = "auto"
-    eval_every: int = 3
-    log_every: int = 10
-    checkpoint_every: int = 200
+    eval_every: PositiveInt = 3
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 200
 
 
 @dataclass
@@ -117,7 +121,7 @@ class DetectorConfig:
     ] = "small"
     weights: str = "none"
     anchors: list[int] | None = None
-    fpn_channels: int = 64
+    fpn_channels: PositiveInt = 64
 
 
 @dataclass
@@ -158,7 +162,7 @@ class DetectionConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: DetectorConfig = field(default_factory=DetectorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    seed: int = 0
+    seed: NonNegativeInt = 0
     output: str | None = None
     resume: bool = False
 
@@ -179,7 +183,7 @@ class SegmentationConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(size=128, crop=96))
     model: SegmenterConfig = field(default_factory=SegmenterConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3))
-    seed: int = 0
+    seed: NonNegativeInt = 0
     output: str | None = None
     resume: bool = False
 
@@ -203,7 +207,7 @@ class EvalDetectionConfig:
     annotations: str | None = None
     voc: Literal[2007, 2010] | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     output: str | None = None
 
 
@@ -222,7 +226,7 @@ class EvalSegmentationConfig:
     checkpoint: str
     save_masks: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     output: str | None = None
 
 

@@ -40,6 +40,7 @@ from detseg_losses.integrations.samples import (
     ImageData,
     SegmentationSample,
     report_faults,
+    select_listed,
     split,
     subset,
 )
@@ -84,6 +85,9 @@ def load_data(config: DataConfig, task: Task, part: Part, seed: int, say: Say) -
     else:
         name = config.train_split if part == "train" else config.val_split
         chosen = data = _read(config, task, root, name)
+    listed = config.train_list if part == "train" else config.val_list
+    if listed is not None:
+        chosen = select_listed(chosen, Path(listed).expanduser())
     if config.subset is not None:
         chosen = subset(chosen, config.subset, seed)
     say(f"{part}: {len(chosen)} images of {root}, {len(chosen.classes)} classes")

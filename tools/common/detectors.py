@@ -111,6 +111,8 @@ def build_detector(
         )
     else:
         anchors = model.anchors or [16, 32, 64, 128]
+        if model.fpn_channels % 8:
+            raise UsageError(f"model.fpn_channels {model.fpn_channels} is not a multiple of 8")
         if len(anchors) < 3:
             raise UsageError(f"model.anchors needs at least 3 sizes, got {anchors}")
         sizes = tuple((a, int(a * 2 ** (1 / 3)), int(a * 2 ** (2 / 3))) for a in anchors)
@@ -206,4 +208,8 @@ def load_detector_weights(detector: RetinaNet, model: DetectorConfig, classes: l
         weights = _BACKBONES[model.backbone][1]
     else:
         raise UsageError(f"there are no pretrained weights for the backbone {model.backbone}")
-    return load_matching(detector, weights.get_state_dict(check_hash=True), str(weights), classes)
+    try:
+        state = weights.get_state_dict(check_hash=True)
+    except OSError as error:
+        raise UsageError(f"{weights} cannot be downloaded ({error}); name a file") from error
+    return load_matching(detector, state, str(weights), classes)

@@ -111,8 +111,13 @@ def fit(
     wrapped, optimizer = fabric.setup(model, _make_optimizer(model, train))
     if config.resume:
         checkpoint = load_checkpoint(output / "last.ckpt", config.task)
+        if checkpoint["classes"] != images.data.classes:
+            raise UsageError(f"{output} was trained for other classes: {checkpoint['classes']}")
         model.load_state_dict(checkpoint["model"])
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # may be given anew, as lr is
         fabric.strategy.precision.load_state_dict(checkpoint["precision"])
         step, best = checkpoint["step"], checkpoint["best"]
 
@@ -182,6 +187,7 @@ def fit(
         if epoch_ends or step % train.checkpoint_every == 0:
             save("last.ckpt")
     bar.close()
+    log.close()
     fabric.barrier()
 
 
@@ -286,15 +292,24 @@ class MetricsLog:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
 
+    def close(self) -> None:
+        """Write what TensorBoard still holds in memory."""
+        if self.enabled:
+            self.board.close()
+
     def _add(self, row: dict[str, float]) -> None:
         self.rows.append(row)
         new_columns = [name for name in row if name not in self.columns]
         self.columns += new_columns
-        with self.file.open("w" if new_columns else "a", newline="") as stream:
+        # A new column means a new file, put in place when it is whole.
+        file = self.file.with_suffix(".unfinished") if new_columns else self.file
+        with file.open("w" if new_columns else "a", newline="") as stream:
             writer = csv.DictWriter(stream, self.columns)
             if new_columns:
                 writer.writeheader()
             writer.writerows(self.rows if new_columns else [row])
+        if new_columns:
+            file.replace(self.file)
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

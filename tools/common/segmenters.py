@@ -47,7 +47,7 @@ def build_segmenter(
             **options,
         )
         _freeze_unused(segmenter, height_width(data.size if data.crop is None else data.crop))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         reason = error.args[0] if error.args else error
         raise UsageError(f"model {model.name} with encoder {model.encoder}: {reason}") from error
     return segmenter
