@@ -336,6 +336,16 @@ def from_dict(config_class: type[T], values: dict[str, Any]) -> T:
 
 def to_dict(config: TrainingConfig) -> dict[str, Any]:
     """Return plain values that say how to do the run again, wherever its results go."""
-    values = asdict(config)
+    values: dict[str, Any] = _plain(asdict(config))
     del values["output"], values["resume"]
     return values
+
+
+def _plain(value: Any) -> Any:
+    """Numbers without the type that checked them, which neither YAML nor a checkpoint can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
