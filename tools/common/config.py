@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
@@ -325,7 +325,17 @@ def _parser(
 def _instantiate(parser: ArgumentParser, arguments: Namespace, config_class: type[T]) -> T:
     values = vars(parser.instantiate(arguments))
     del values["config"]
-    return config_class(**values)
+    return _plain(config_class(**values))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers without the type that checked them, which neither YAML nor a checkpoint can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)})
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
 
 
 def from_dict(config_class: type[T], values: dict[str, Any]) -> T:
@@ -336,16 +346,6 @@ def from_dict(config_class: type[T], values: dict[str, Any]) -> T:
 
 def to_dict(config: TrainingConfig) -> dict[str, Any]:
     """Return plain values that say how to do the run again, wherever its results go."""
-    values: dict[str, Any] = _plain(asdict(config))
+    values = asdict(config)
     del values["output"], values["resume"]
     return values
-
-
-def _plain(value: Any) -> Any:
-    """Numbers without the type that checked them, which neither YAML nor a checkpoint can hold."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    for kind in (int, float):
-        if isinstance(value, kind) and not isinstance(value, bool):
-            return kind(value)
-    return value
