@@ -198,8 +198,8 @@ class _SoftmaxBlock:
     ) -> None:
         self.x = tile.of(logits).to(compute_dtype(logits.dtype))
         self.w = None if weight is None else tile.of(weight)
-        if self.w is not None:
-            self.x = self.x.masked_fill(self.w == 0, 0)  # what is left out may even be infinite
+        if self.w is not None and tile.holds(left_out := self.w == 0):
+            self.x = self.x.masked_fill(left_out, 0)  # it may even be infinite
         self.p = self.x.softmax(1)
         self.class_weights = None if class_weights is None else class_weights[:, None]
         self.dense = target.dim() == 3
