@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from .base import Loss, Reduction, as_weights, check_choice, mean_of_sums, register
 from .layout import Mode, detection_batch, segmentation_batch
-from .pointwise import Formula, Label, Sigmoid, column, mix, pointwise
+from .pointwise import Formula, Label, Sigmoid, column, mix, pointwise, power
 from .statistics import Need, Statistics
 
 
@@ -136,19 +136,21 @@ class Focal(Formula):
             raise ValueError(f"gamma must not be negative or infinite: {self.gamma}")
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.weighted(s.missed(y).pow(self.gamma) * s.cross_entropy(y), y)
+        return self.weighted(power(s.missed(y), self.gamma) * s.cross_entropy(y), y)
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        missed = s.missed(y)
-        # The slope of log(missed) and that of the cross entropy, but for the sign of a positive.
+        missed, ce = s.missed(y), s.cross_entropy(y)
         if isinstance(y, Tensor):
-            # p q = 0 wherever missed = 0.
-            tilt = s.p * s.q * (1 - 2 * y) / missed.clamp(min=torch.finfo(missed.dtype).tiny)
-            rise = mix(s.p, -s.q, y)
-        else:
-            tilt, rise = 1 - missed, missed
-        slope = missed.pow(self.gamma) * (tilt * s.cross_entropy(y) * self.gamma + rise)
-        return self.weighted(-slope if not isinstance(y, Tensor) and y else slope, y)
+            # Whatever underflows in missed does so in p q, too.
+            factor = power(missed.clamp(min=torch.finfo(missed.dtype).tiny), self.gamma - 1)
+            tilt = s.p * s.q * (1 - 2 * y)  # the slope of missed
+            rise = mix(s.p, -s.q, y)  # that of the cross entropy
+            return self.weighted(
+                factor * torch.addcmul(missed * rise, tilt, ce, value=self.gamma), y
+            )
+        slope = torch.addcmul(missed, s.p if y else s.q, ce, value=self.gamma)
+        slope = power(missed, self.gamma) * slope
+        return self.weighted(-slope if y else slope, y)
 
     def weighted(self, values: Tensor, y: Label) -> Tensor:
         if self.alpha is None or (not isinstance(self.alpha, Tensor) and self.alpha == -1):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import check_choice, compute_dtype
+from .base import Block, check_choice, compute_dtype
 
 Mode = Literal["multiclass", "binary", "multilabel"]
 
@@ -56,7 +56,8 @@ class Batch:
 
     def labels(self) -> Tensor:
         """Class indices ``(B, P)``; what is left out counts towards class 0, with weight 0."""
-        return labels_of(self.target, self.weight)
+        left_out = None if self.weight is None else self.weight == 0
+        return _labels(self.target, left_out)
 
     def entries(self, values: Tensor) -> Tensor:
         """Values ``(B, C, P)`` in the shape that the logits came in."""
@@ -83,10 +84,48 @@ class Batch:
         return weights
 
 
-def labels_of(target: Tensor, weight: Tensor | None) -> Tensor:
-    """Class indices ``(b, n)`` of a part of a batch, safe to index with."""
+class Part:
+    """One block of a batch, safe to compute with.
+
+    Attributes:
+        x: logits ``(b, C, n)`` in the dtype of the computation; 0 where they are left out.
+        w: weight, ``(b, 1, n)`` or ``(b, C, n)``; None where everything counts.
+        left_out: where it is 0; None where it nowhere is.
+        y: a dense target ``(b, C, n)``, else None.
+        labels: class indices ``(b, n)``; what is left out has label 0.
+    """
+
+    def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
+        self.x = tile.of(logits).to(compute_dtype(logits.dtype))
+        self.w = self.left_out = None
+        if weight is not None:
+            w = tile.of(weight)
+            left_out = w == 0
+            if tile.holds(left_out):
+                self.left_out = left_out
+                self.x = tile.without(self.x, left_out)  # it may even be infinite
+            if self.left_out is not None or w.dtype != torch.bool:
+                self.w = w.to(self.x.dtype)
+        y = tile.of(target)
+        self.y = y.to(self.x.dtype) if target.dim() == 3 else None
+        if self.y is None:
+            self.labels = _labels(y, self.left_out)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values times the weight."""
+        return values if self.w is None else values * self.w
+
+    def counted(self, values: Tensor) -> Tensor:
+        """Values ``(b, n)`` or ``(b, 1, n)`` with 0 where they are left out."""
+        if self.left_out is None:
+            return values
+        return values.masked_fill(self.left_out.view(values.shape), 0)
+
+
+def _labels(target: Tensor, left_out: Tensor | None) -> Tensor:
+    """Class indices ``(b, n)``, safe to index with."""
     labels = target.long()
-    return labels if weight is None else labels.masked_fill((weight == 0).all(1), 0)
+    return labels if left_out is None else labels.masked_fill(left_out.all(1), 0)
 
 
 def segmentation_batch(

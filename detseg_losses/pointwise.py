@@ -1,26 +1,40 @@
 """The engine of the sigmoid losses: sums of point-by-point formulas in one pass over the logits.
 
 A formula gives the value l(x, y) and its slope dl/dx. The engine works through the logits block
-by block, keeps nothing but the logits themselves, and evaluates the slopes in backward. With
-class indices for targets no one-hot target exists: every entry is treated as a negative, and the
-one positive of a row is then set from its own formula.
+by block. The slopes of a single sum are computed beside its values, for they have most in common,
+and kept; else nothing is kept but the logits themselves, and the slopes are evaluated in backward.
+With class indices for targets no one-hot target exists: every entry is treated as a negative, and
+the one positive of a row is then set from its own formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .base import WHOLE, Block, blocks, compute_dtype
-from .layout import Batch, labels_of
+from .layout import Batch, Part
 
 Label: TypeAlias = "Tensor | int"
 """A target between 0 and 1: a tensor, or one of the constants 0 and 1, which cost nothing."""
+
+
+class lazy:  # noqa: N801, as functools.cached_property, whose lock torch.compile cannot trace
+    """An attribute that is computed when it is first asked for."""
+
+    def __init__(self, compute: Callable[[Any], Tensor]) -> None:
+        self.compute = compute
+        self.name = compute.__name__
+
+    def __get__(self, instance: Any, owner: type) -> Tensor:
+        value = self.compute(instance)
+        setattr(instance, self.name, value)
+        return value
 
 
 class Sigmoid:
@@ -37,58 +51,64 @@ class Sigmoid:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self.p = x.sigmoid()
-        self._q: Tensor | None = None
-        self._log1p: Tensor | None = None
         # A gradient of the gradient is wanted: the formulas below have kinks at 0 that cancel in
         # value but not under autograd.
         self.differentiable = x.requires_grad and torch.is_grad_enabled()
 
-    @property
+    @lazy
+    def p(self) -> Tensor:
+        return self.x.sigmoid()
+
+    @lazy
     def q(self) -> Tensor:
-        if self._q is None:
-            self._q = (-self.x).sigmoid()
-        return self._q
+        return (-self.x).sigmoid()
 
-    @property
+    @lazy
     def neg(self) -> Tensor:
-        return F.softplus(self.x) if self.differentiable else self.x.relu().add_(self.log1p)
+        return F.softplus(self.x) if self.differentiable else self.x.relu().add_(self.rest)
 
-    @property
+    @lazy
     def pos(self) -> Tensor:
-        return F.softplus(-self.x) if self.differentiable else (-self.x).relu_().add_(self.log1p)
+        return F.softplus(-self.x) if self.differentiable else (-self.x).relu_().add_(self.rest)
 
-    @property
-    def log1p(self) -> Tensor:
-        """``log(1 + exp(-|x|))``: the logarithm of the rounded sum, plus the effect of rounding.
+    @lazy
+    def rest(self) -> Tensor:
+        """``log(1 + exp(-|x|)) = -log(1 - min(p, q))``, the softplus of either sign less its relu.
 
-        Several times faster than ``torch.log1p`` on some CPUs, and right to 2e-7 relative.
+        The logarithm of the rounded difference, plus the effect of rounding: right to 2e-7
+        relative, and on many CPUs several times faster than ``torch.log1p`` or ``F.softplus``.
         """
-        if self._log1p is None:
-            e = self.x.abs().neg_().exp_()
-            u = e + 1
-            self._log1p = e.sub_(u - 1).div_(u).add_(u.log())
-        return self._log1p
+        less = torch.minimum(self.p, self.q)
+        more = 1 - less
+        rounding = less.sub_(1 - more)
+        return rounding.div_(more).sub_(more.log_())
 
     def missed(self, y: Label) -> Tensor:
         """The probability of the wrong answer."""
-        if isinstance(y, Tensor):
-            return mix(self.p, self.q, y)
-        return self.q if y else self.p
+        return mix(self.p, self.q, y)
 
     def cross_entropy(self, y: Label) -> Tensor:
         if not isinstance(y, Tensor):
             return self.pos if y else self.neg
         if self.differentiable:
             return F.softplus(self.x) - self.x * y
-        return (self.x.relu() - self.x * y).add_(self.log1p)
+        return torch.addcmul(self.x.relu(), self.x, y, value=-1).add_(self.rest)
 
 
 def mix(negative: Any, positive: Any, y: Label) -> Any:
     """``(1 - y) * negative + y * positive``."""
     if isinstance(y, Tensor):
-        return negative * (1 - y) + positive * y
+        return (
+            torch.lerp(negative, positive, y)
+            if isinstance(negative, Tensor)
+            else (negative + (positive - negative) * y)
+        )
     return positive if y else negative
+
+
+def power(base: Tensor, exponent: float) -> Tensor:
+    """``base ** exponent``, some of which ``torch.pow`` takes many times as long for."""
+    return base.sqrt() * base if exponent == 1.5 else base.pow(exponent)
 
 
 @dataclass(frozen=True)
@@ -154,10 +174,21 @@ def pointwise(
         ``(B, C, P)``; float32, or float64 where the logits are.
     """
     fitted = tuple(formula.fitted(batch) for formula in formulas)
-    return _Pointwise.apply(batch.logits, batch.target, batch.weight, fitted, summed)
+    keep = (
+        summed
+        and len(fitted) == 1
+        and batch.logits.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and batch.logits.dtype != torch.float16  # the slopes underflow before a loss scaler acts
+    )
+    *results, _ = _Pointwise.apply(batch.logits, batch.target, batch.weight, fitted, summed, keep)
+    return tuple(results)
 
 
 class _Pointwise(torch.autograd.Function):
+    """The results, and the slopes of a single sum where they are to be kept."""
+
     @staticmethod
     def forward(
         logits: Tensor,
@@ -165,7 +196,8 @@ class _Pointwise(torch.autograd.Function):
         weight: Tensor | None,
         formulas: tuple[Formula, ...],
         summed: bool,
-    ) -> tuple[Tensor, ...]:
+        keep: bool,
+    ) -> tuple[Tensor | None, ...]:
         tiles = blocks(logits)
         dtype = compute_dtype(logits.dtype)
         if summed:
@@ -173,69 +205,79 @@ class _Pointwise(torch.autograd.Function):
             results = [logits.new_zeros(shape, dtype=dtype) for _ in formulas]
         else:
             results = [torch.empty_like(logits, dtype=dtype) for _ in formulas]
+        kept = torch.empty_like(logits) if keep else None
         for tile in tiles:
-            values = _evaluate("value", logits, target, weight, formulas, tile)
-            for result, value in zip(results, values, strict=True):
+            block = _SigmoidBlock(tile, logits, target, weight)
+            for formula, result in zip(formulas, results, strict=True):
                 if summed:
-                    result[tile.part, tile.rows] = value.sum(-1)
+                    result[tile.part, tile.rows] = block.evaluate(formula, "value").sum(-1)
                 else:
-                    tile.of(result).copy_(value)
-        return tuple(result.sum(0) for result in results) if summed else tuple(results)
+                    tile.of(result).copy_(block.evaluate(formula, "value"))
+                if kept is not None:
+                    tile.of(kept).copy_(block.evaluate(formula, "slope"))
+        if summed:
+            results = [result.sum(0) for result in results]
+        return *results, kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.formulas, ctx.summed = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *tensors, ctx.formulas, ctx.summed, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
+        ctx.kept = output[-1]
+        if ctx.kept is not None:
+            ctx.mark_non_differentiable(ctx.kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in grads):
-            return None, None, None, None, None
+        nothing = (None,) * 5
+        found = [(f, g) for f, g in zip(ctx.formulas, grads, strict=False) if g is not None]
+        if not found:
+            return None, *nothing
+        scales = [grad.unsqueeze(-1) if ctx.summed else grad for _, grad in found]
         logits, target, weight = ctx.saved_tensors
-        formulas = tuple(f for f, g in zip(ctx.formulas, grads, strict=True) if g is not None)
-        scales = [g.unsqueeze(-1) if ctx.summed else g for g in grads if g is not None]
 
         def gradient(tile: Block) -> Tensor:
-            slopes = _evaluate("slope", logits, target, weight, formulas, tile)
+            block = _SigmoidBlock(tile, logits, target, weight)
+            slopes = [block.evaluate(formula, "slope") for formula, _ in found]
             total = slopes[0] * tile.of(scales[0])
             for slope, scale in zip(slopes[1:], scales[1:], strict=True):
-                total = total + slope * tile.of(scale)
+                total = total.addcmul(slope, tile.of(scale))
             return total
 
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
-            return gradient(WHOLE).to(logits.dtype), None, None, None, None
+            return gradient(WHOLE).to(logits.dtype), *nothing
+        if ctx.kept is not None:
+            # Handed over, to be anyone's; another backward evaluates the slopes anew.
+            result, ctx.kept = ctx.kept, None
+            if WHOLE.holds(scales[0] != 1) or logits.device.type != "cpu":
+                result.mul_(scales[0])
+            return result, *nothing
         result = torch.empty_like(logits)
         for tile in blocks(logits):
             tile.of(result).copy_(gradient(tile))
-        return result, None, None, None, None
+        return result, *nothing
 
 
-def _evaluate(
-    method: str,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    formulas: tuple[Formula, ...],
-    tile: Block,
-) -> list[Tensor]:
-    """The values or slopes of the formulas in one block."""
-    x, y = tile.of(logits).to(compute_dtype(logits.dtype)), tile.of(target)
-    w = None if weight is None else tile.of(weight)
-    if w is not None and tile.holds(left_out := w == 0):
-        x = x.masked_fill(left_out, 0)  # it may even be infinite
-    results = []
-    if target.dim() == logits.dim():
-        s, y = Sigmoid(x), y.to(x.dtype)
-        results = [getattr(formula, method)(s, y) for formula in formulas]
-    else:
-        index = labels_of(y, w).unsqueeze(1)
-        positive = index >= 0
-        index = index.clamp(min=0)
-        s, at_index = Sigmoid(x), Sigmoid(x.gather(1, index))
-        for formula in formulas:
-            negatives = getattr(formula, method)(s, 0)
-            positives = getattr(formula.of_classes(index), method)(at_index, 1)
-            chosen = torch.where(positive, positives, negatives.gather(1, index))
-            results.append(negatives.scatter(1, index, chosen))
-    return results if w is None else [result * w for result in results]
+class _SigmoidBlock(Part):
+    """One block of a batch, on which formulas are evaluated."""
+
+    def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
+        super().__init__(tile, logits, target, weight)
+        self.s = Sigmoid(self.x)
+        if self.y is None:
+            label = self.labels.unsqueeze(1)
+            self.positive = label >= 0
+            self.index = label.clamp(min=0)
+            self.at_index = Sigmoid(self.x.gather(1, self.index))
+
+    def evaluate(self, formula: Formula, method: Literal["value", "slope"]) -> Tensor:
+        """Its weighted values or slopes, ``(b, C, n)``."""
+        result = getattr(formula, method)(self.s, 0 if self.y is None else self.y)
+        if self.y is None:
+            ones = getattr(formula.of_classes(self.index), method)(self.at_index, 1)
+            chosen = torch.where(self.positive, ones, result.gather(1, self.index))
+            if self.s.differentiable or any(result is shared for shared in vars(self.s).values()):
+                result = result.clone()
+            result = result.scatter_(1, self.index, chosen)
+        return self.weighted(result)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import WHOLE, Block, blocks, compute_dtype
-from .layout import Batch, Mode, labels_of, segmentation_batch
+from .layout import Batch, Mode, Part, segmentation_batch
 from .pointwise import Formula, Predicted, TruePositive, pointwise
 
 Need = Literal["regions", "nll", "smooth"] | Formula
@@ -161,7 +161,8 @@ class _Softmax(torch.autograd.Function):
             if smooth is not None:
                 tile.of(smooth).copy_(block.smooth())
             if wants[2]:
-                counts[0, tile.part, tile.rows], counts[1, tile.part, tile.rows] = block.regions()
+                counts[0, tile.part, tile.rows] = block.tp()
+                counts[1, tile.part, tile.rows] = block.pred()
         tp, pred = counts.sum(1).unbind() if wants[2] else (None, None)
         return nll, smooth, tp, pred
 
@@ -185,8 +186,11 @@ class _Softmax(torch.autograd.Function):
         return result, None, None, None, None
 
 
-class _SoftmaxBlock:
-    """The probabilities of one block, ``(b, C, n)``, and the formulas on them."""
+class _SoftmaxBlock(Part):
+    r"""The softmax of one block, and the formulas on it.
+
+    The probabilities are :math:`p_c = e_c / z`, with a largest e of 1.
+    """
 
     def __init__(
         self,
@@ -196,97 +200,86 @@ class _SoftmaxBlock:
         weight: Tensor | None,
         class_weights: Tensor | None,
     ) -> None:
-        self.x = tile.of(logits).to(compute_dtype(logits.dtype))
-        self.w = None if weight is None else tile.of(weight)
-        if self.w is not None and tile.holds(left_out := self.w == 0):
-            self.x = self.x.masked_fill(left_out, 0)  # it may even be infinite
-        self.p = self.x.softmax(1)
+        super().__init__(tile, logits, target, weight)
+        self.top = self.x.amax(1, keepdim=True)
+        self.e = (self.x - self.top).exp_()
+        self.z = self.e.sum(1, keepdim=True)
+        self.share = self.weighted(1 / self.z)  # w / z: what each e counts
         self.class_weights = None if class_weights is None else class_weights[:, None]
-        self.dense = target.dim() == 3
-        if self.dense:
-            self.y = tile.of(target).to(self.x.dtype)
-        else:
-            self.labels = labels_of(tile.of(target), self.w)
-            self.index = self.labels.unsqueeze(1)
-
-    def kept(self, values: Tensor) -> Tensor:
-        """A map ``(b, n)`` without what is left out."""
-        return values if self.w is None else values.masked_fill(self.w.squeeze(1) == 0, 0)
-
-    def weighted(self, values: Tensor) -> Tensor:
-        return values if self.w is None else values * self.w
-
-    def log_sum(self) -> Tensor:
-        """``log sum_c exp(x_c - max x)``: the largest probability never underflows."""
-        return -self.p.amax(1).log()
+        self.index = None if self.y is not None else self.labels.unsqueeze(1)
 
     def nll(self) -> Tensor:
-        top = self.x.amax(1)
-        if not self.dense:
-            return self.kept(top - self.x.gather(1, self.index).squeeze(1) + self.log_sum())
-        return self.kept((self.target_weights() * self.minus_log_p()).sum(1))
+        if self.index is not None:
+            missing = self.top - self.x.gather(1, self.index)
+            return self.counted((missing + self.z.log()).squeeze(1))
+        weights = self.target_weights()
+        missing = (weights * (self.top - self.x)).sum(1)
+        return self.counted(missing + weights.sum(1) * self.z.log().squeeze(1))
 
     def smooth(self) -> Tensor:
-        minus_log_p = self.minus_log_p()
-        if self.class_weights is not None:
-            minus_log_p = minus_log_p * self.class_weights
-        return self.kept(minus_log_p.sum(1))
-
-    def minus_log_p(self) -> Tensor:
-        return (self.x.amax(1, keepdim=True) - self.x) + self.log_sum().unsqueeze(1)
+        weights = self.smooth_weights()
+        missing = (weights * (self.top - self.x)).sum(1)
+        return self.counted(missing + weights.sum() * self.z.log().squeeze(1))
 
     def target_weights(self) -> Tensor:
         """The weight of each class in the nll of a dense target."""
         return self.y if self.class_weights is None else self.y * self.class_weights
 
-    def regions(self) -> tuple[Tensor, Tensor]:
-        """tp and pred of this block, ``(b, C)``."""
-        pred = self.weighted(self.p)
-        if self.dense:
-            return (pred * self.y).sum(-1), pred.sum(-1)
-        hit = pred.gather(1, self.index).squeeze(1)
-        return _class_sums(hit, self.labels, self.p.shape[1]), pred.sum(-1)
+    def smooth_weights(self) -> Tensor:
+        """The weight of each class in ``smooth``, ``(C, 1)``."""
+        if self.class_weights is None:
+            return self.x.new_ones((self.x.shape[1], 1))
+        return self.class_weights
+
+    def pred(self) -> Tensor:
+        return (self.e * self.share).sum(-1)
+
+    def tp(self) -> Tensor:
+        if self.index is None:
+            return (self.e * self.share * self.y).sum(-1)
+        hit = self.e.gather(1, self.index) * self.share
+        return _class_sums(hit.squeeze(1), self.labels, self.x.shape[1])
 
     def gradient(
         self, nll: Tensor | None, smooth: Tensor | None, tp: Tensor | None, pred: Tensor | None
     ) -> Tensor:
         r"""The gradient of the logits from those of the statistics.
 
-        It is :math:`p_c (G_c + r) + s_c`, where :math:`G` is the gradient of the probabilities
-        in the counts, and r and s collect :math:`-\sum_c p_c G_c` and the gradients of the maps,
+        It is :math:`p_c (w G_c + r) - s_c`, where G is the gradient of the weighted probabilities
+        in the counts, and r and s collect :math:`-\sum_c p_c w G_c` and the gradients of the maps,
         which are linear in p.
         """
-        counts = []  # G
+        each = None  # G
         rows = []  # r, one number a pixel
-        rest = []  # s
-        at_label = []  # s where c is the label
+        rest = []  # -s
+        at_label = []  # -s where c is the label
         if pred is not None:
-            counts.append(self.weighted(pred.unsqueeze(-1)))
-        if tp is not None and self.dense:
-            counts.append(self.weighted(tp.unsqueeze(-1) * self.y))
-        if tp is not None and not self.dense:
-            hit = self.weighted(self.p.gather(1, self.index) * tp.gather(1, self.labels)[:, None])
-            at_label.append(hit)
+            each = pred.unsqueeze(-1)
+        if tp is not None and self.index is None:
+            each = tp.unsqueeze(-1) * self.y + (0 if each is None else each)
+        elif tp is not None:
+            hit = self.e.gather(1, self.index) * self.share * tp.gather(1, self.labels)[:, None]
             rows.append(-hit)
+            at_label.append(hit)
+        if each is not None:
+            rows.append(-(self.e * each).sum(1, keepdim=True) * self.share)
         if nll is not None:
-            nll = self.kept(nll).unsqueeze(1)
-            if self.dense:
-                rows.append(nll * self.target_weights().sum(1, keepdim=True))
-                rest.append(-nll * self.target_weights())
+            nll = self.counted(nll).unsqueeze(1)
+            if self.index is None:
+                weights = self.target_weights()
+                rows.append(nll * weights.sum(1, keepdim=True))
+                rest.append(-nll * weights)
             else:
                 rows.append(nll)
                 at_label.append(-nll)
         if smooth is not None:
-            smooth = self.kept(smooth).unsqueeze(1)
-            ones = self.p.new_ones((self.p.shape[1], 1))
-            each = ones if self.class_weights is None else self.class_weights
-            rows.append(smooth * each.sum())
-            rest.append(-smooth * each)
-        if counts:
-            rows.append(-(self.p * sum(counts)).sum(1, keepdim=True))
-        gradient = self.p * sum([*counts, *rows])
+            smooth, weights = self.counted(smooth).unsqueeze(1), self.smooth_weights()
+            rows.append(smooth * weights.sum())
+            rest.append(-smooth * weights)
+        row = sum(rows) / self.z
+        gradient = self.e * (row if each is None else torch.addcmul(row, each, self.share))
         if rest:
             gradient = gradient + sum(rest)
         if at_label:
-            gradient = gradient.scatter_add(1, self.index, torch.stack(at_label).sum(0))
+            gradient = gradient.scatter_add_(1, self.index, torch.stack(at_label).sum(0))
         return gradient
