@@ -136,14 +136,15 @@ class Focal(Formula):
             raise ValueError(f"gamma must not be negative or infinite: {self.gamma}")
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.weighted(power(s.missed(y), self.gamma) * s.cross_entropy(y), y)
+        return self.weighted(s.cross_entropy(y) * power(s.missed(y), self.gamma), y)
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        missed, ce = s.missed(y), s.cross_entropy(y)
+        ce, missed = s.cross_entropy(y), s.missed(y)
         if isinstance(y, Tensor):
-            # Whatever underflows in missed does so in p q, too.
-            factor = power(missed.clamp(min=torch.finfo(missed.dtype).tiny), self.gamma - 1)
-            tilt = s.p * s.q * (1 - 2 * y)  # the slope of missed
+            if self.gamma < 1:  # whatever underflows in missed does so in p q, too
+                missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)
+            factor = power(missed, self.gamma - 1)
+            tilt = s.p * s.q * mix(1, -1, y)  # the slope of missed
             rise = mix(s.p, -s.q, y)  # that of the cross entropy
             return self.weighted(
                 factor * torch.addcmul(missed * rise, tilt, ce, value=self.gamma), y

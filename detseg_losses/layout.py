@@ -291,7 +291,8 @@ def _check_labels(y: Tensor, kept: Tensor | None, limits: tuple[int, int], valid
     if not (validate or y.device.type == "cpu"):
         return
     # Widened: torch would compare a uint8 label with -1 or 299 modulo 256.
-    smallest, largest = (bound.float() for bound in y.aminmax())
+    # Not aminmax, which would copy what is not contiguous.
+    smallest, largest = y.amin().float(), y.amax().float()
     if low <= smallest and largest <= high:
         return
     values = y.float()

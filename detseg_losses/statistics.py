@@ -206,13 +206,14 @@ class _SoftmaxBlock(Part):
         self.z = self.e.sum(1, keepdim=True)
         self.share = self.weighted(1 / self.z)  # w / z: what each e counts
         self.class_weights = None if class_weights is None else class_weights[:, None]
-        self.index = None if self.y is not None else self.labels.unsqueeze(1)
+        if self.y is None:
+            self.index = self.labels.unsqueeze(1)
 
     def nll(self) -> Tensor:
-        if self.index is not None:
+        if self.y is None:
             missing = self.top - self.x.gather(1, self.index)
             return self.counted((missing + self.z.log()).squeeze(1))
-        weights = self.target_weights()
+        weights = self.target_weights(self.y)
         missing = (weights * (self.top - self.x)).sum(1)
         return self.counted(missing + weights.sum(1) * self.z.log().squeeze(1))
 
@@ -221,9 +222,9 @@ class _SoftmaxBlock(Part):
         missing = (weights * (self.top - self.x)).sum(1)
         return self.counted(missing + weights.sum() * self.z.log().squeeze(1))
 
-    def target_weights(self) -> Tensor:
+    def target_weights(self, y: Tensor) -> Tensor:
         """The weight of each class in the nll of a dense target."""
-        return self.y if self.class_weights is None else self.y * self.class_weights
+        return y if self.class_weights is None else y * self.class_weights
 
     def smooth_weights(self) -> Tensor:
         """The weight of each class in ``smooth``, ``(C, 1)``."""
@@ -235,7 +236,7 @@ class _SoftmaxBlock(Part):
         return (self.e * self.share).sum(-1)
 
     def tp(self) -> Tensor:
-        if self.index is None:
+        if self.y is not None:
             return (self.e * self.share * self.y).sum(-1)
         hit = self.e.gather(1, self.index) * self.share
         return _class_sums(hit.squeeze(1), self.labels, self.x.shape[1])
@@ -255,7 +256,7 @@ class _SoftmaxBlock(Part):
         at_label = []  # -s where c is the label
         if pred is not None:
             each = pred.unsqueeze(-1)
-        if tp is not None and self.index is None:
+        if tp is not None and self.y is not None:
             each = tp.unsqueeze(-1) * self.y + (0 if each is None else each)
         elif tp is not None:
             hit = self.e.gather(1, self.index) * self.share * tp.gather(1, self.labels)[:, None]
@@ -265,8 +266,8 @@ class _SoftmaxBlock(Part):
             rows.append(-(self.e * each).sum(1, keepdim=True) * self.share)
         if nll is not None:
             nll = self.counted(nll).unsqueeze(1)
-            if self.index is None:
-                weights = self.target_weights()
+            if self.y is not None:
+                weights = self.target_weights(self.y)
                 rows.append(nll * weights.sum(1, keepdim=True))
                 rest.append(-nll * weights)
             else:
