@@ -274,6 +274,12 @@ class _Parser(ArgumentParser):
         fail(message)
 
 
+def parse(config_class: type[T], description: str | None) -> T:
+    """Return the configuration of a tool that has no checkpoint."""
+    parser = _parser(config_class, description)
+    return _instantiate(parser, parser.parse_args(), config_class)
+
+
 def parse_training(config_class: type[TrainingT], description: str | None) -> TrainingT:
     """Return the configuration of a training run; with ``--resume`` it starts from the stored one.
 

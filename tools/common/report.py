@@ -101,6 +101,34 @@ def plot_curves(output: Path, metric: str) -> None:
     plt.close(figure)
 
 
+def plot_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw the ratios of a benchmark as bars, with their quartiles and limits.
+
+    Args:
+        results: of each comparison work, against, low, mid, high, limit (or None) and met.
+        file: the picture.
+    """
+    figure, axis = plt.subplots(figsize=(11, 0.34 * len(results) + 1.2))
+    for place, result in enumerate(results):
+        colour = "tab:red" if result["met"] is False else "tab:blue"
+        spread = [[result["mid"] - result["low"]], [result["high"] - result["mid"]]]
+        axis.barh(place, result["mid"], xerr=spread, color=colour, alpha=0.8, capsize=2)
+        if result["limit"] is not None:
+            axis.plot(
+                [result["limit"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2
+            )
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(results)), [f"{r['work']}\nagainst {r['against']}" for r in results])
+    axis.tick_params(axis="y", labelsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("our time over the other's; less is better; black: the largest wanted")
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
 def _smooth(values: Sequence[float], weight: float = 0.6) -> list[float]:
     """An exponential moving mean."""
     smoothed = [values[0]]
