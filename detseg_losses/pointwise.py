@@ -83,7 +83,7 @@ class Sigmoid:
 
     @lazy
     def rest(self) -> Tensor:
-        """``log(1 + exp(-|x|)) = -log(1 - min(p, q))``, the softplus of either sign less its relu."""
+        """``log(1 + exp(-|x|)) = -log(1 - min(p, q))``: softplus(x) - relu(x) and for -x alike."""
         less = torch.minimum(self.p, self.q)
         more = 1 - less
         rounding = less.sub_(1 - more)
