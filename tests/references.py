@@ -223,3 +223,26 @@ def boxes(kind: str, a: Tensor, b: Tensor, **options: float) -> Tensor:
             loss = 1 - (-(square**0.5) / options.get("constant", 12.8)).exp()
         losses.append(loss)
     return torch.stack(losses)
+
+
+def balanced_l1(x: Tensor, y: Tensor, alpha: float = 0.5, gamma: float = 1.5) -> Tensor:
+    """The integral of its slope, ``alpha log(b d + 1)`` and from 1 on gamma, by Simpson's rule."""
+    b = math.exp(gamma / alpha) - 1
+    losses = []
+    for d in (x - y).abs().flatten():
+        end, steps = min(d.item(), 1.0), 2000
+        slopes = [alpha * math.log(b * end * k / steps + 1) for k in range(steps + 1)]
+        inner = slopes[0] + slopes[-1] + 4 * sum(slopes[1::2]) + 2 * sum(slopes[2:-1:2])
+        losses.append(inner * end / steps / 3 + gamma * (d.item() - end))
+    return torch.tensor(losses, dtype=x.dtype).reshape(x.shape)
+
+
+def distribution_focal(x: Tensor, y: Tensor) -> Tensor:
+    """Bins ``(N, bins)`` and targets ``(N,)`` in ``[0, bins - 1]``, number after number."""
+    losses = []
+    for scores, target in zip(x, y, strict=True):
+        p = scores.exp() / scores.exp().sum()
+        low = min(math.floor(target.item()), len(p) - 2)
+        loss = (low + 1 - target) * p[low].log() + (target - low) * p[low + 1].log()
+        losses.append(-loss)
+    return torch.stack(losses)

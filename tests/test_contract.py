@@ -41,6 +41,8 @@ def sample(
         x, y = (torch.cat((c[:, :2], c[:, :2] + c[:, 2:].abs() + 0.1), 1) for c in random(2, 6, 4))
     elif kind == "deltas":
         x, y = random(2, 6, 4)
+    elif kind == "distribution":
+        x, y = random(7, 4, 5), random(7, 4) + 2
     elif kind == "classification":
         x, y = random(2, 7, 3), torch.randint(-2, 3, (2, 7), generator=generator)
     else:
