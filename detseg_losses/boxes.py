@@ -219,9 +219,9 @@ def siou_loss(
     with :math:`d_x` and :math:`d_y` the offsets of the centres, :math:`C_x` and :math:`C_y` the
     sides of the smallest box around both, and
     :math:`\Lambda = \sin 2 \alpha = 2 |d_x d_y| / (d_x^2 + d_y^2)` of the angle
-    :math:`\alpha` of the line between the centres. The distance weighs most where the centres lie
-    on one axis: a box is first brought to the nearer axis of its target, and then along it, which
-    shortens the way of boxes that start far off.
+    :math:`\alpha` of the line between the centres. The distance weighs up to twice as much where
+    the centres lie on one axis, so that the last, straight part of the way is quick. For boxes
+    that start off their targets, as in detectors without anchors.
 
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
