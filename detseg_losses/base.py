@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Kind = Literal["classification", "boxes", "deltas", "segmentation"]
+Kind = Literal["classification", "boxes", "deltas", "distribution", "segmentation"]
 Reduction = Literal["none", "mean", "sum"]
 
 # Elements of one block on the CPU. A block and the handful of temporaries made from it stay in

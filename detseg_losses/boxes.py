@@ -2,20 +2,34 @@
 
 Boxes are XYXY, in any unit. Areas and lengths are clamped at zero, so that an inverted box is an
 empty one; ratios of zeros are defined, so that no ``eps`` is needed and
-``L(s * a, s * b) == L(a, b)`` for boxes of any size.
+``L(s * a, s * b) == L(a, b)`` for boxes of any size. A perfect prediction costs 0, an inverted one
+at least 1. Losses for which any of this cannot hold say so.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .base import Loss, check_choice, compute_dtype, divide, reduce, register
+from .base import Loss, Reduction, check_choice, compute_dtype, divide, reduce, register
 
 IoUMode = Literal["linear", "log", "square"]
+
+
+class BoxOptions(TypedDict, total=False):
+    """Options of every box loss.
+
+    Attributes:
+        reduction: ``"none"`` for losses ``(*)``, ``"mean"`` or ``"sum"``; float32 or wider.
+        validate: raise on inverted or non-finite boxes, which makes the device wait.
+    """
+
+    reduction: str
+    validate: bool
 
 
 def iou_loss(
@@ -37,23 +51,19 @@ def iou_loss(
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
         boxes2: target boxes, XYXY, ``(*, 4)``.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        reduction: see :class:`BoxOptions`.
         eps: added to denominators, as torchvision does; 0 keeps the loss free of scale.
         mode: ``"linear"``, ``"log"`` or ``"square"``.
-        validate: raise on inverted or non-finite boxes, which makes the device wait.
-
-    Returns:
-        Losses ``(*)`` or their reduction, float32 or wider; at least the loss of disjoint boxes
-        where ``boxes1`` is inverted.
+        validate: see :class:`BoxOptions`.
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
     check_choice("mode", mode, IoUMode)
-    pair = _Pair(boxes1, boxes2, eps, validate)
+    pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
     if mode == "log":
-        return reduce(-pair.iou.clamp(min=1e-6).log(), reduction)
-    return reduce(1 - (pair.iou if mode == "linear" else pair.iou.square()), reduction)
+        return pair.reduce(-pair.iou.clamp(min=1e-6).log())
+    return pair.reduce(1 - (pair.iou if mode == "linear" else pair.iou.square()))
 
 
 def generalized_box_iou_loss(
@@ -73,21 +83,17 @@ def generalized_box_iou_loss(
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
         boxes2: target boxes, XYXY, ``(*, 4)``.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        reduction: see :class:`BoxOptions`.
         eps: added to denominators, as torchvision does; 0 keeps the loss free of scale.
-        validate: raise on inverted or non-finite boxes, which makes the device wait.
-
-    Returns:
-        Losses ``(*)`` or their reduction, float32 or wider; at least 1 where ``boxes1`` is
-        inverted.
+        validate: see :class:`BoxOptions`.
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
-    pair = _Pair(boxes1, boxes2, eps, validate)
+    pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
     width, height = pair.enclosing
     area = width * height
-    return reduce(1 - pair.iou + divide(area - pair.union, area + pair.eps), reduction)
+    return pair.reduce(1 - pair.iou + divide(area - pair.union, area + pair.eps))
 
 
 def distance_box_iou_loss(
@@ -108,19 +114,15 @@ def distance_box_iou_loss(
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
         boxes2: target boxes, XYXY, ``(*, 4)``.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        reduction: see :class:`BoxOptions`.
         eps: added to denominators, as torchvision does; 0 keeps the loss free of scale.
-        validate: raise on inverted or non-finite boxes, which makes the device wait.
-
-    Returns:
-        Losses ``(*)`` or their reduction, float32 or wider; at least 1 where ``boxes1`` is
-        inverted.
+        validate: see :class:`BoxOptions`.
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
-    pair = _Pair(boxes1, boxes2, eps, validate)
-    return reduce(1 - pair.iou + pair.distance(), reduction)
+    pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
+    return pair.reduce(1 - pair.iou + pair.distance())
 
 
 def complete_box_iou_loss(
@@ -143,21 +145,249 @@ def complete_box_iou_loss(
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
         boxes2: target boxes, XYXY, ``(*, 4)``.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        reduction: see :class:`BoxOptions`.
         eps: added to denominators, as torchvision does; 0 keeps the loss free of scale.
-        validate: raise on inverted or non-finite boxes, which makes the device wait.
-
-    Returns:
-        Losses ``(*)`` or their reduction, float32 or wider; at least 1 where ``boxes1`` is
-        inverted.
+        validate: see :class:`BoxOptions`.
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
-    pair = _Pair(boxes1, boxes2, eps, validate)
+    pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
     v = (4 / math.pi**2) * (_angle(pair.size2) - _angle(pair.size1)).square()
     alpha = divide(v, 1 - pair.iou + v + eps).detach()
-    return reduce(1 - pair.iou + pair.distance() + alpha * v, reduction)
+    return pair.reduce(1 - pair.iou + pair.distance() + alpha * v)
+
+
+def eiou_loss(boxes1: Tensor, boxes2: Tensor, **options: Unpack[BoxOptions]) -> Tensor:
+    r"""Efficient IoU (Zhang et al., arXiv:2101.08158), between 0 and 4.
+
+    .. math:: 1 - IoU + \frac{\rho^2}{c^2} + \frac{(w - w')^2}{C_w^2} + \frac{(h - h')^2}{C_h^2}
+
+    with :math:`\rho` the distance of the centres, and c, :math:`C_w` and :math:`C_h` diagonal,
+    width and height of the smallest box around both. Where CIoU compares aspect ratios, it
+    compares the sides themselves, so that also a box of the right shape and the wrong size is
+    pulled straight to its target.
+
+    Args:
+        boxes1: predicted boxes, XYXY, ``(*, 4)``.
+        boxes2: target boxes, XYXY, ``(*, 4)``.
+        **options: see :class:`BoxOptions`.
+
+    Raises:
+        ValueError: on shapes that differ or do not end in 4.
+    """
+    pair = _Pair(boxes1, boxes2, 0, **options)
+    return pair.reduce(pair.efficient())
+
+
+def focal_eiou_loss(
+    boxes1: Tensor, boxes2: Tensor, *, gamma: float = 0.5, **options: Unpack[BoxOptions]
+) -> Tensor:
+    r"""EIoU that counts boxes by their overlap (Zhang et al., arXiv:2101.08158).
+
+    .. math:: IoU^\gamma L_{EIoU}
+
+    For noisy targets or many poor matches, which EIoU alone lets rule the gradient. The weight is
+    a constant for the gradient: else it would push poor boxes away from their targets. By this
+    formula disjoint and inverted boxes cost 0 and have no gradient: let it refine anchors that
+    overlap their targets, or add another loss.
+
+    Args:
+        boxes1: predicted boxes, XYXY, ``(*, 4)``.
+        boxes2: target boxes, XYXY, ``(*, 4)``.
+        gamma: how little a small overlap counts; 0 is :func:`eiou_loss`.
+        **options: see :class:`BoxOptions`.
+
+    Raises:
+        ValueError: on a negative or infinite gamma, or shapes that differ or do not end in 4.
+    """
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must not be negative or infinite: {gamma}")
+    pair = _Pair(boxes1, boxes2, 0, **options)
+    return pair.reduce(pair.iou.detach().pow(gamma) * pair.efficient())
+
+
+def siou_loss(
+    boxes1: Tensor, boxes2: Tensor, *, theta: float = 4.0, **options: Unpack[BoxOptions]
+) -> Tensor:
+    r"""IoU with costs of angle, distance and shape (Gevorgyan, arXiv:2205.12740).
+
+    .. math:: 1 - IoU + \tfrac12 (\Delta + \Omega), \quad
+        \Delta = \sum_{t = x, y} 1 - e^{-(2 - \Lambda) (d_t / C_t)^2}, \quad
+        \Omega = \sum_{s = w, h} (1 - e^{-|s - s'| / \max(s, s')})^\theta
+
+    with :math:`d_x` and :math:`d_y` the offsets of the centres, :math:`C_x` and :math:`C_y` the
+    sides of the smallest box around both, and
+    :math:`\Lambda = \sin 2 \alpha = 2 |d_x d_y| / (d_x^2 + d_y^2)` of the angle
+    :math:`\alpha` of the line between the centres. The distance weighs up to twice as much where
+    the centres lie on one axis, so that the last, straight part of the way is quick. For boxes
+    that start off their targets, as in detectors without anchors.
+
+    Args:
+        boxes1: predicted boxes, XYXY, ``(*, 4)``.
+        boxes2: target boxes, XYXY, ``(*, 4)``.
+        theta: exponent of the shape cost, in the paper between 2 and 6; a larger one cares less
+            about shapes that are nearly right.
+        **options: see :class:`BoxOptions`.
+
+    Raises:
+        ValueError: on a theta that is not positive and finite, or shapes that differ or do not end
+            in 4.
+    """
+    _check_positive("theta", theta)
+    pair = _Pair(boxes1, boxes2, 0, **options)
+    dx, dy = pair.offset
+    # The smallest number bounds the slope of concentric boxes, whose angle is none.
+    norm = dx.square() + dy.square() + torch.finfo(dx.dtype).tiny
+    sharpness = 2 - 2 * (dx * dy).abs() / norm
+    loss = 1 - pair.iou
+    for offset, side, one, other in zip(
+        pair.offset, pair.enclosing, pair.size1, pair.size2, strict=True
+    ):
+        distance = -torch.expm1(-sharpness * divide(offset, side).square())
+        shape = -torch.expm1(-divide((one - other).abs(), torch.max(one, other)))
+        loss = loss + (distance + _power(shape, theta)) / 2
+    return pair.reduce(loss)
+
+
+def mpdiou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    *,
+    diagonal: float | None = None,
+    **options: Unpack[BoxOptions],
+) -> Tensor:
+    r"""IoU with the distances of two corners (Ma and Xu, arXiv:2307.07662).
+
+    .. math:: 1 - IoU + \frac{d_1^2 + d_2^2}{c^2}
+
+    with :math:`d_1` and :math:`d_2` the distances of the upper left and of the lower right
+    corners. One term for place, size and shape together: it also tells concentric boxes of one
+    shape apart.
+
+    Args:
+        boxes1: predicted boxes, XYXY, ``(*, 4)``.
+        boxes2: target boxes, XYXY, ``(*, 4)``.
+        diagonal: the length c. The paper takes the diagonal of the image, in the unit of the
+            boxes, under which the distances of small objects hardly count. None: the diagonal of
+            the smallest box around both, which keeps the loss free of scale, between 0 and 3.
+        **options: see :class:`BoxOptions`.
+
+    Raises:
+        ValueError: on a diagonal that is not positive and finite, or shapes that differ or do not
+            end in 4.
+    """
+    pair = _Pair(boxes1, boxes2, 0, **options)
+    if diagonal is None:
+        return pair.reduce(1 - pair.iou + divide(pair.corners(), pair.diagonal()))
+    _check_positive("diagonal", diagonal)
+    return pair.reduce(1 - pair.iou + pair.corners() * (pair.unit / diagonal).square())
+
+
+def wiou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    *,
+    mean: Tensor | float | None = None,
+    alpha: float = 1.9,
+    delta: float = 3.0,
+    **options: Unpack[BoxOptions],
+) -> Tensor:
+    r"""Wise IoU, version 1, and with a ``mean`` version 3 (Tong et al., arXiv:2301.10051).
+
+    .. math:: L_1 = e^{\rho^2 / c^2} (1 - IoU), \quad
+        L_3 = \frac{\beta}{\delta \alpha^{\beta - \delta}} L_1, \quad
+        \beta = \frac{1 - IoU}{\overline{1 - IoU}}
+
+    with :math:`\rho` the distance of the centres and c the diagonal of the smallest box around
+    both. For data whose boxes are of mixed quality: nothing but overlap and distance is punished,
+    and version 3 looks most at boxes of ordinary quality, less at those that are right already and
+    at those that are far worse than the mean, whose labels may be wrong. By definition c and the
+    whole factor of version 3 are constants for the gradient. Version 1 is between 0 and e; version
+    3 costs an inverted box less than 1 where it holds it for an outlier.
+
+    Args:
+        boxes1: predicted boxes, XYXY, ``(*, 4)``.
+        boxes2: target boxes, XYXY, ``(*, 4)``.
+        mean: the running mean of ``1 - IoU`` over the training so far. It is the caller's, who
+            knows which boxes count: it starts at 1, and each step does
+            ``mean.lerp_(iou_loss(a, b, "mean").detach(), momentum)``. None: version 1.
+        alpha: how fast the factor falls for outliers, at least 1; only with a mean.
+        delta: the :math:`\beta` of which the factor is 1; only with a mean.
+        **options: see :class:`BoxOptions`.
+
+    Raises:
+        ValueError: on an alpha, delta or mean that is not positive and finite, or shapes that
+            differ or do not end in 4.
+    """
+    _check_positive("alpha", alpha)
+    _check_positive("delta", delta)
+    pair = _Pair(boxes1, boxes2, 0, **options)
+    dx, dy = pair.offset
+    square = dx.square() + dy.square()
+    loss = divide(square, pair.diagonal().detach()).exp() * (1 - pair.iou)
+    if mean is not None:
+        if not isinstance(mean, Tensor):
+            _check_positive("mean", mean)
+        beta = (1 - pair.iou.detach()) / mean
+        loss = beta / delta * alpha ** (delta - beta) * loss
+    return pair.reduce(loss)
+
+
+def alpha_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, *, alpha: float = 3.0, **options: Unpack[BoxOptions]
+) -> Tensor:
+    r"""A power of the IoU (He et al., arXiv:2110.13675), between 0 and 1.
+
+    .. math:: 1 - IoU^\alpha
+
+    For tight boxes: above 1 the gradient grows with the overlap, so that good boxes become better.
+    Disjoint boxes have no gradient, as in :func:`iou_loss`.
+
+    Args:
+        boxes1: predicted boxes, XYXY, ``(*, 4)``.
+        boxes2: target boxes, XYXY, ``(*, 4)``.
+        alpha: the exponent; 1 and 2 are the linear and the square :func:`iou_loss`.
+        **options: see :class:`BoxOptions`.
+
+    Raises:
+        ValueError: on an alpha that is not positive and finite, or shapes that differ or do not
+            end in 4.
+    """
+    _check_positive("alpha", alpha)
+    pair = _Pair(boxes1, boxes2, 0, **options)
+    return pair.reduce(1 - _power(pair.iou, alpha))
+
+
+def nwd_loss(
+    boxes1: Tensor, boxes2: Tensor, *, constant: float = 12.8, **options: Unpack[BoxOptions]
+) -> Tensor:
+    r"""Normalised Wasserstein distance of boxes as Gaussians (Wang et al., arXiv:2110.13389).
+
+    .. math:: 1 - e^{-W / C}, \quad W^2 = \left\| \left(x, y, \tfrac{w}{2}, \tfrac{h}{2}\right)
+        - \left(x', y', \tfrac{w'}{2}, \tfrac{h'}{2}\right) \right\|^2
+
+    with the centres (x, y) of the boxes. For objects of a few pixels, for which a shift by one
+    pixel ends all overlap. Below 1, also for inverted boxes, whose negative sides count as they
+    are. It is not free of scale: C and the boxes have one unit, and boxes that are many times C
+    apart have no gradient.
+
+    Args:
+        boxes1: predicted boxes, XYXY, ``(*, 4)``.
+        boxes2: target boxes, XYXY, ``(*, 4)``.
+        constant: the length C, about the mean size of the objects; the default is that of the
+            paper's aerial images, in pixels.
+        **options: see :class:`BoxOptions`.
+
+    Raises:
+        ValueError: on a constant that is not positive and finite, or shapes that differ or do not
+            end in 4.
+    """
+    _check_positive("constant", constant)
+    pair = _Pair(boxes1, boxes2, 0, **options)
+    square = pair.corners() / 2  # which is W^2, in other coordinates
+    length = torch.where(square > 0, square, 1).sqrt() * (pair.unit / constant)
+    return pair.reduce(torch.where(square > 0, -torch.expm1(-length), 0))
 
 
 class _Pair:
@@ -166,51 +396,97 @@ class _Pair:
     Lengths are in units of the box around both, so that no square of them over- or underflows.
     """
 
-    def __init__(self, boxes1: Tensor, boxes2: Tensor, eps: float, validate: bool) -> None:
+    def __init__(
+        self,
+        boxes1: Tensor,
+        boxes2: Tensor,
+        eps: float,
+        *,
+        reduction: str = "none",
+        validate: bool = False,
+    ) -> None:
+        check_choice("reduction", reduction, Reduction)
         if boxes1.shape != boxes2.shape or boxes1.shape[-1:] != (4,):
             raise ValueError(
                 f"boxes must have one shape (*, 4): {tuple(boxes1.shape)}, {tuple(boxes2.shape)}"
             )
+        self.reduction = reduction
         self.boxes1 = boxes1.to(compute_dtype(boxes1.dtype))
         self.boxes2 = boxes2.to(self.boxes1.dtype)
         if validate:
             _check_boxes("boxes1", self.boxes1)
             _check_boxes("boxes2", self.boxes2)
-        (ax1, ay1), (ax2, ay2) = self.boxes1[..., :2].unbind(-1), self.boxes1[..., 2:].unbind(-1)
-        (bx1, by1), (bx2, by2) = self.boxes2[..., :2].unbind(-1), self.boxes2[..., 2:].unbind(-1)
-        width = torch.max(ax2, bx2) - torch.min(ax1, bx1)
-        height = torch.max(ay2, by2) - torch.min(ay1, by1)
-        unit = torch.max(width, height).detach()
-        unit = torch.where(unit > 0, unit, 1)
+        low1, high1 = self.boxes1[..., :2], self.boxes1[..., 2:]
+        low2, high2 = self.boxes2[..., :2], self.boxes2[..., 2:]
+        # Around all corners, for those of an inverted box are in another order.
+        end = torch.max(torch.max(low1, high1), torch.max(low2, high2))
+        sides = end - torch.min(torch.min(low1, high1), torch.min(low2, high2))
+        unit = sides.detach().amax(-1, keepdim=True)
+        # What is too small for its reciprocal has no size: two boxes are points, or one a line.
+        number = torch.finfo(unit.dtype)
+        scale = torch.where(unit > number.tiny / number.eps, 1 / unit, 0)
 
-        def length(difference: Tensor) -> Tensor:
-            return difference.clamp(min=0) / unit
+        def lengths(differences: Tensor) -> tuple[Tensor, ...]:
+            found = differences.clamp(min=0) * scale
+            return found.masked_fill((found > 0) & (found < number.eps**2), 0).unbind(-1)
 
-        self.eps = eps / unit / unit
-        self.size1 = length(ax2 - ax1), length(ay2 - ay1)
-        self.size2 = length(bx2 - bx1), length(by2 - by1)
-        self.enclosing = length(width), length(height)
-        self.offset = (ax1 + ax2 - bx1 - bx2) / unit / 2, (ay1 + ay2 - by1 - by2) / unit / 2
-        overlap = length(torch.min(ax2, bx2) - torch.max(ax1, bx1))
-        intersection = overlap * length(torch.min(ay2, by2) - torch.max(ay1, by1))
+        self.unit = unit.squeeze(-1)
+        self.eps = (eps * scale * scale).squeeze(-1)
+        self.size1 = lengths(high1 - low1)
+        self.size2 = lengths(high2 - low2)
+        self.enclosing = lengths(sides)
+        self.shift = (self.boxes1 - self.boxes2) * scale
+        self.offset = ((self.shift[..., :2] + self.shift[..., 2:]) / 2).unbind(-1)
+        overlap = lengths(torch.min(high1, high2) - torch.max(low1, low2))
+        intersection = overlap[0] * overlap[1]
         area1, area2 = self.size1[0] * self.size1[1], self.size2[0] * self.size2[1]
         self.union = area1 + area2 - intersection
         # Two boxes without an area are one box or none, and the ratio cannot tell.
-        same = (self.boxes1 == self.boxes2).all(-1) & (ax2 >= ax1) & (ay2 >= ay1)
+        same = (self.boxes1 == self.boxes2).all(-1) & (high1 >= low1).all(-1)
         iou = divide(intersection, self.union + self.eps)
         self.iou = torch.where((self.union == 0) & same, 1, iou)
 
+    def diagonal(self) -> Tensor:
+        """Squared diagonal of the smallest box around both."""
+        width, height = self.enclosing
+        return width.square() + height.square()
+
+    def corners(self) -> Tensor:
+        """Sum of the squared distances of the first corners and of the second corners."""
+        return self.shift.square().sum(-1)
+
     def distance(self) -> Tensor:
         """Squared distance of the centres over the squared diagonal around both boxes."""
-        (dx, dy), (width, height) = self.offset, self.enclosing
-        return divide(dx.square() + dy.square(), width.square() + height.square() + self.eps)
+        dx, dy = self.offset
+        return divide(dx.square() + dy.square(), self.diagonal() + self.eps)
+
+    def efficient(self) -> Tensor:
+        """The EIoU loss."""
+        loss = 1 - self.iou + self.distance()
+        for one, other, side in zip(self.size1, self.size2, self.enclosing, strict=True):
+            loss = loss + divide(one - other, side).square()
+        return loss
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        return reduce(loss, self.reduction)
 
 
-def _angle(size: tuple[Tensor, Tensor]) -> Tensor:
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """A power of a number in [0, 1]; a slope at 0 that is infinite is taken for 0."""
+    tiny = torch.finfo(base.dtype).eps
+    return torch.where(base > tiny, base.clamp(min=tiny).pow(exponent), 0)
+
+
+def _angle(size: tuple[Tensor, ...]) -> Tensor:
     """``arctan(w / h)``, with a finite gradient also where both are 0."""
     width, height = size
     point = (width == 0) & (height == 0)
     return torch.where(point, math.pi / 4, torch.atan2(width, torch.where(point, 1, height)))
+
+
+def _check_positive(option: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{option} must be positive and finite: {value}")
 
 
 def _check_boxes(name: str, boxes: Tensor) -> None:
@@ -223,29 +499,84 @@ def _check_boxes(name: str, boxes: Tensor) -> None:
         )
 
 
+class BoxLoss(Loss):
+    """A loss of boxes."""
+
+    common = _Pair
+
+
 @register("iou", "boxes")
-class IoULoss(Loss):
+class IoULoss(BoxLoss):
     """Module form of :func:`iou_loss`."""
 
     function = staticmethod(iou_loss)
 
 
 @register("giou", "boxes")
-class GIoULoss(Loss):
+class GIoULoss(BoxLoss):
     """Module form of :func:`generalized_box_iou_loss`."""
 
     function = staticmethod(generalized_box_iou_loss)
 
 
 @register("diou", "boxes")
-class DIoULoss(Loss):
+class DIoULoss(BoxLoss):
     """Module form of :func:`distance_box_iou_loss`."""
 
     function = staticmethod(distance_box_iou_loss)
 
 
 @register("ciou", "boxes")
-class CIoULoss(Loss):
+class CIoULoss(BoxLoss):
     """Module form of :func:`complete_box_iou_loss`."""
 
     function = staticmethod(complete_box_iou_loss)
+
+
+@register("eiou", "boxes")
+class EIoULoss(BoxLoss):
+    """Module form of :func:`eiou_loss`."""
+
+    function = staticmethod(eiou_loss)
+
+
+@register("focal_eiou", "boxes")
+class FocalEIoULoss(BoxLoss):
+    """Module form of :func:`focal_eiou_loss`."""
+
+    function = staticmethod(focal_eiou_loss)
+
+
+@register("siou", "boxes")
+class SIoULoss(BoxLoss):
+    """Module form of :func:`siou_loss`."""
+
+    function = staticmethod(siou_loss)
+
+
+@register("mpdiou", "boxes")
+class MPDIoULoss(BoxLoss):
+    """Module form of :func:`mpdiou_loss`."""
+
+    function = staticmethod(mpdiou_loss)
+
+
+@register("wiou", "boxes")
+class WIoULoss(BoxLoss):
+    """Module form of :func:`wiou_loss`."""
+
+    function = staticmethod(wiou_loss)
+
+
+@register("alpha_iou", "boxes")
+class AlphaIoULoss(BoxLoss):
+    """Module form of :func:`alpha_iou_loss`."""
+
+    function = staticmethod(alpha_iou_loss)
+
+
+@register("nwd", "boxes")
+class NWDLoss(BoxLoss):
+    """Module form of :func:`nwd_loss`."""
+
+    function = staticmethod(nwd_loss)

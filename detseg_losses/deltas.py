@@ -1,6 +1,10 @@
-"""Losses of encoded box offsets, or of any numbers that should be equal to their targets."""
+"""Losses of encoded box offsets, or of any numbers that should be equal to their targets, and of
+distributions over such numbers.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -44,11 +48,155 @@ def smooth_l1_loss(
     """
     if beta < 0:
         raise ValueError(f"beta must not be negative: {beta}")
-    difference = _difference(inputs, targets).abs()
     if beta == 0:
-        return reduce(difference, reduction)
-    square = difference.square() / (2 * beta)
-    return reduce(torch.where(difference < beta, square, difference - beta / 2), reduction)
+        return l1_loss(inputs, targets, reduction)
+    size = _size(inputs, targets)
+    return reduce(torch.where(size < beta, size.square() / (2 * beta), size - beta / 2), reduction)
+
+
+def mse_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    r"""Squared error.
+
+    .. math:: (x - y)^2
+
+    For targets without outliers: the gradient grows with the error, and fades near 0.
+
+    Args:
+        inputs: predicted offsets, ``(*)``.
+        targets: offsets, of the same shape.
+        reduction: ``"none"``, ``"mean"`` (over all numbers) or ``"sum"``.
+
+    Raises:
+        ValueError: on shapes that differ.
+    """
+    return reduce(_difference(inputs, targets).square(), reduction)
+
+
+def huber_loss(
+    inputs: Tensor, targets: Tensor, reduction: str = "mean", delta: float = 1.0
+) -> Tensor:
+    r"""Half the squared error, linear above delta (Huber, Robust Estimation of a Location
+    Parameter, Annals of Mathematical Statistics 35, 1964).
+
+    .. math:: d^2 / 2 \text{ where } d = |x - y| < \delta, \text{ else } \delta (d - \delta / 2)
+
+    For targets with outliers, whose gradient is at most delta. It is delta times
+    :func:`smooth_l1_loss` with ``beta=delta``: near 0 it does not change with delta, which changes
+    what large errors count.
+
+    Args:
+        inputs: predicted offsets, ``(*)``.
+        targets: offsets, of the same shape.
+        reduction: ``"none"``, ``"mean"`` (over all numbers) or ``"sum"``.
+        delta: where the square ends.
+
+    Raises:
+        ValueError: on shapes that differ or a delta that is not positive.
+    """
+    if not delta > 0:
+        raise ValueError(f"delta must be positive: {delta}")
+    size = _size(inputs, targets)
+    return reduce(
+        torch.where(size < delta, size.square() / 2, delta * (size - delta / 2)), reduction
+    )
+
+
+def balanced_l1_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    reduction: str = "mean",
+    *,
+    alpha: float = 0.5,
+    gamma: float = 1.5,
+) -> Tensor:
+    r"""Smooth L1 with more weight on small errors (Pang et al., Libra R-CNN, arXiv:1904.02701).
+
+    .. math:: \tfrac{\alpha}{b} (b d + 1) \log (b d + 1) - \alpha d
+        \text{ where } d = |x - y| < 1, \text{ else } \gamma d + C, \quad
+        b = e^{\gamma / \alpha} - 1
+
+    with the C that joins both. The slope is :math:`\alpha \log (b d + 1)` and at most
+    :math:`\gamma`. For offsets that are mostly nearly right, whose gradients those of a few
+    outliers would drown.
+
+    Args:
+        inputs: predicted offsets, ``(*)``.
+        targets: offsets, of the same shape.
+        reduction: ``"none"``, ``"mean"`` (over all numbers) or ``"sum"``.
+        alpha: how flat the slope is near 0; a smaller one lifts small errors more.
+        gamma: the slope from 1 on.
+
+    Raises:
+        ValueError: on shapes that differ, an alpha or gamma that is not positive, or more than 80
+            times alpha as gamma.
+    """
+    if not (alpha > 0 and gamma > 0):
+        raise ValueError(f"alpha and gamma must be positive: {alpha}, {gamma}")
+    if gamma > 80 * alpha:
+        raise ValueError(f"gamma must be at most 80 alpha, or b overflows: {alpha}, {gamma}")
+    b = math.expm1(gamma / alpha)
+    size = _size(inputs, targets)
+    small = size.clamp(max=1)
+    curve = alpha / b * (b * small + 1) * torch.log1p(b * small) - alpha * small
+    return reduce(curve + gamma * (size - small), reduction)
+
+
+def log_cosh_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    r"""Logarithm of the hyperbolic cosine of the error.
+
+    .. math:: \log \cosh (x - y)
+
+    Half the square of small errors and :math:`|x - y| - \log 2` of large ones, as the Huber loss,
+    but smooth everywhere: for methods that use second derivatives.
+
+    Args:
+        inputs: predicted offsets, ``(*)``.
+        targets: offsets, of the same shape.
+        reduction: ``"none"``, ``"mean"`` (over all numbers) or ``"sum"``.
+
+    Raises:
+        ValueError: on shapes that differ.
+    """
+    size = _size(inputs, targets)
+    # Each keeps its digits where the other one loses them.
+    near = -torch.log1p(-size.clamp(max=1).tanh().square()) / 2
+    far = size + torch.log1p(torch.exp(-2 * size)) - math.log(2)
+    return reduce(torch.where(size < 1, near, far), reduction)
+
+
+def distribution_focal_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    r"""Cross entropy of a number's two nearest bins (Li et al., arXiv:2006.04388).
+
+    .. math:: -(i + 1 - y) \log p_i - (y - i) \log p_{i + 1}, \quad i \le y \le i + 1
+
+    with p the softmax of the logits. For heads that predict each side of a box as a distribution,
+    whose mean :math:`\sum_i i\, p_i` is then the side: blurred borders show as wide ones.
+
+    Args:
+        inputs: logits of the bins 0, 1, ..., ``(*, bins)``.
+        targets: numbers in units of a bin, ``(*)``. What lies outside of ``[0, bins - 1]`` is taken
+            for the nearest bin: no distribution could come closer.
+        reduction: ``"none"``, ``"mean"`` (over all numbers) or ``"sum"``.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+    """
+    if inputs.dim() == 0 or inputs.shape[:-1] != targets.shape or inputs.shape[-1] == 0:
+        raise ValueError(
+            f"logits must be (*, bins) and targets (*): {tuple(inputs.shape)}, "
+            f"{tuple(targets.shape)}"
+        )
+    logits = inputs.to(compute_dtype(inputs.dtype))
+    bins = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    y = targets.to(logits.dtype).clamp(0, logits.shape[-1] - 1)
+    shares = (1 - (y.unsqueeze(-1) - bins).abs()).clamp(min=0)
+    return reduce(-(shares * logits.log_softmax(-1)).sum(-1), reduction)
+
+
+def _size(inputs: Tensor, targets: Tensor) -> Tensor:
+    """The absolute difference, with a slope at 0 unlike ``abs``, for right second derivatives."""
+    difference = _difference(inputs, targets)
+    return torch.where(difference < 0, -difference, difference)
 
 
 def _difference(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -70,3 +218,38 @@ class SmoothL1Loss(Loss):
     """Module form of :func:`smooth_l1_loss`."""
 
     function = staticmethod(smooth_l1_loss)
+
+
+@register("mse", "deltas")
+class MSELoss(Loss):
+    """Module form of :func:`mse_loss`."""
+
+    function = staticmethod(mse_loss)
+
+
+@register("huber", "deltas")
+class HuberLoss(Loss):
+    """Module form of :func:`huber_loss`."""
+
+    function = staticmethod(huber_loss)
+
+
+@register("balanced_l1", "deltas")
+class BalancedL1Loss(Loss):
+    """Module form of :func:`balanced_l1_loss`."""
+
+    function = staticmethod(balanced_l1_loss)
+
+
+@register("log_cosh", "deltas")
+class LogCoshLoss(Loss):
+    """Module form of :func:`log_cosh_loss`."""
+
+    function = staticmethod(log_cosh_loss)
+
+
+@register("dfl", "distribution")
+class DistributionFocalLoss(Loss):
+    """Module form of :func:`distribution_focal_loss`."""
+
+    function = staticmethod(distribution_focal_loss)

@@ -29,9 +29,10 @@ def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
 
     Args:
         spec: the loss string.
-        kind: what the losses will be given: ``"segmentation"``, ``"classification"``, ``"boxes"``
-            or ``"deltas"``. None where the terms tell; ``bce`` and ``focal`` alone are then losses
-            of a detection head. Terms of several kinds, ``"giou+focal"``, are for an adapter.
+        kind: what the losses will be given: ``"segmentation"``, ``"classification"``, ``"boxes"``,
+            ``"deltas"`` or ``"distribution"``. None where the terms tell; ``bce`` and ``focal``
+            alone are then losses of a detection head. Terms of several kinds, ``"giou+focal"``,
+            are for an adapter.
         **defaults: options for every term that has them and does not set them itself.
 
     Raises:
@@ -104,6 +105,8 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, L
 
 def _smallest_input(loss: Loss) -> tuple[Tensor, Tensor]:
     """A prediction and a target of one place that fit the options of a loss."""
+    if loss.kinds[0] == "distribution":
+        return torch.zeros(1, 2), torch.zeros(1)
     if loss.kinds[0] in ("boxes", "deltas"):
         return torch.zeros(1, 4), torch.zeros(1, 4)
     mode = loss.options["mode"]

@@ -168,27 +168,81 @@ def tversky(
     return lambda tp, fp, fn: (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)) ** gamma
 
 
-def boxes(kind: str, a: Tensor, b: Tensor) -> Tensor:
-    """IoU, GIoU, DIoU or CIoU loss of proper boxes ``(N, 4)``, pair after pair."""
+def boxes(kind: str, a: Tensor, b: Tensor, **options: float) -> Tensor:
+    """A loss of the IoU family for proper boxes ``(N, 4)``, pair after pair."""
     losses = []
     for p, t in zip(a, b, strict=True):
         width = torch.minimum(p[2], t[2]) - torch.maximum(p[0], t[0])
         height = torch.minimum(p[3], t[3]) - torch.maximum(p[1], t[1])
         inter = width * height if width > 0 and height > 0 else 0 * width
-        union = (p[2] - p[0]) * (p[3] - p[1]) + (t[2] - t[0]) * (t[3] - t[1]) - inter
+        w, h, true_w, true_h = p[2] - p[0], p[3] - p[1], t[2] - t[0], t[3] - t[1]
+        union = w * h + true_w * true_h - inter
         iou = inter / union
         hull_w = torch.maximum(p[2], t[2]) - torch.minimum(p[0], t[0])
         hull_h = torch.maximum(p[3], t[3]) - torch.minimum(p[1], t[1])
+        dx, dy = (p[0] + p[2] - t[0] - t[2]) / 2, (p[1] + p[3] - t[1] - t[3]) / 2
+        diagonal = hull_w**2 + hull_h**2
         loss = 1 - iou
         if kind == "giou":
             loss = loss + 1 - union / (hull_w * hull_h)
-        if kind in ("diou", "ciou"):
-            dx, dy = (p[0] + p[2] - t[0] - t[2]) / 2, (p[1] + p[3] - t[1] - t[3]) / 2
-            loss = loss + (dx**2 + dy**2) / (hull_w**2 + hull_h**2)
+        if kind in ("diou", "ciou", "eiou", "focal_eiou"):
+            loss = loss + (dx**2 + dy**2) / diagonal
         if kind == "ciou":
-            angle = ((t[2] - t[0]) / (t[3] - t[1])).atan() - ((p[2] - p[0]) / (p[3] - p[1])).atan()
+            angle = (true_w / true_h).atan() - (w / h).atan()
             v = 4 / math.pi**2 * angle**2
             if v > 0:
                 loss = loss + (v / (1 - iou + v)).detach() * v
+        if kind in ("eiou", "focal_eiou"):
+            loss = loss + (w - true_w) ** 2 / hull_w**2 + (h - true_h) ** 2 / hull_h**2
+        if kind == "focal_eiou":
+            loss = iou.item() ** options.get("gamma", 0.5) * loss
+        if kind == "siou":
+            alpha = torch.asin(dy.abs() / (dx**2 + dy**2) ** 0.5)
+            gamma = 2 - (1 - 2 * torch.sin(alpha - math.pi / 4) ** 2)
+            distance = 2 - (-gamma * (dx / hull_w) ** 2).exp() - (-gamma * (dy / hull_h) ** 2).exp()
+            omega_w = (w - true_w).abs() / torch.maximum(w, true_w)
+            omega_h = (h - true_h).abs() / torch.maximum(h, true_h)
+            theta = options.get("theta", 4)
+            shape = (1 - (-omega_w).exp()) ** theta + (1 - (-omega_h).exp()) ** theta
+            loss = loss + (distance + shape) / 2
+        if kind == "mpdiou":
+            first = (p[0] - t[0]) ** 2 + (p[1] - t[1]) ** 2
+            second = (p[2] - t[2]) ** 2 + (p[3] - t[3]) ** 2
+            square = options["diagonal"] ** 2 if "diagonal" in options else diagonal
+            loss = loss + first / square + second / square
+        if kind == "wiou":
+            if "mean" in options:
+                beta = loss.item() / options["mean"]
+                alpha, delta = options.get("alpha", 1.9), options.get("delta", 3)
+                loss = loss * beta / (delta * alpha ** (beta - delta))
+            loss = loss * ((dx**2 + dy**2) / diagonal.item()).exp()
+        if kind == "alpha_iou":
+            loss = 1 - iou ** options.get("alpha", 3)
+        if kind == "nwd":
+            square = dx**2 + dy**2 + ((w - true_w) / 2) ** 2 + ((h - true_h) / 2) ** 2
+            loss = 1 - (-(square**0.5) / options.get("constant", 12.8)).exp()
         losses.append(loss)
+    return torch.stack(losses)
+
+
+def balanced_l1(x: Tensor, y: Tensor, alpha: float = 0.5, gamma: float = 1.5) -> Tensor:
+    """The integral of its slope, ``alpha log(b d + 1)`` and from 1 on gamma, by Simpson's rule."""
+    b = math.exp(gamma / alpha) - 1
+    losses = []
+    for d in (x - y).abs().flatten():
+        end, steps = min(d.item(), 1.0), 2000
+        slopes = [alpha * math.log(b * end * k / steps + 1) for k in range(steps + 1)]
+        inner = slopes[0] + slopes[-1] + 4 * sum(slopes[1::2]) + 2 * sum(slopes[2:-1:2])
+        losses.append(inner * end / steps / 3 + gamma * (d.item() - end))
+    return torch.tensor(losses, dtype=x.dtype).reshape(x.shape)
+
+
+def distribution_focal(x: Tensor, y: Tensor) -> Tensor:
+    """Bins ``(N, bins)`` and targets ``(N,)`` in ``[0, bins - 1]``, number after number."""
+    losses = []
+    for scores, target in zip(x, y, strict=True):
+        p = scores.exp() / scores.exp().sum()
+        low = min(math.floor(target.item()), len(p) - 2)
+        loss = (low + 1 - target) * p[low].log() + (target - low) * p[low + 1].log()
+        losses.append(-loss)
     return torch.stack(losses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import hypothesis
@@ -14,18 +15,33 @@ from torch import Tensor
 
 import references
 from detseg_losses import (
+    LOSSES,
+    alpha_iou_loss,
     complete_box_iou_loss,
-    distance_box_iou_loss,
-    generalized_box_iou_loss,
+    eiou_loss,
+    focal_eiou_loss,
     iou_loss,
+    mpdiou_loss,
+    nwd_loss,
+    siou_loss,
+    wiou_loss,
 )
 from references import value_and_grad
 
-FAMILY: dict[str, Any] = {
-    "iou": iou_loss,
-    "giou": generalized_box_iou_loss,
-    "diou": distance_box_iou_loss,
-    "ciou": complete_box_iou_loss,
+FAMILY: dict[str, Any] = {n: cls.function for n, cls in LOSSES.items() if cls.kinds == ("boxes",)}
+SCALE_FREE = {name: loss for name, loss in FAMILY.items() if name != "nwd"}
+BOUNDS = {
+    "iou": 1,
+    "giou": 2,
+    "diou": 2,
+    "ciou": 3,
+    "eiou": 4,
+    "focal_eiou": 4,
+    "siou": 3,
+    "mpdiou": 3,
+    "wiou": math.e,
+    "alpha_iou": 1,
+    "nwd": 1,
 }
 PEERS: dict[str, Any] = {
     "giou": torchvision.ops.generalized_box_iou_loss,
@@ -63,6 +79,45 @@ def test_formula(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("focal_eiou", {"gamma": 2.0}),
+        ("siou", {"theta": 2.0}),
+        ("mpdiou", {"diagonal": 30.0}),
+        ("wiou", {"mean": 0.4}),
+        ("wiou", {"mean": 0.8, "alpha": 1.5, "delta": 2.0}),
+        ("alpha_iou", {"alpha": 2.5}),
+        ("nwd", {"constant": 3.0}),
+    ],
+)
+def test_formula_with_options(name: str, options: dict[str, float]) -> None:
+    a, b = sample()
+    assert_same(
+        value_and_grad(lambda a: FAMILY[name](a, b, **options), a),
+        value_and_grad(lambda a: references.boxes(name, a, b, **options), a),
+    )
+
+
+@pytest.mark.parametrize(
+    ("special", "general"),
+    [
+        (eiou_loss, lambda a, b: focal_eiou_loss(a, b, gamma=0)),
+        (iou_loss, lambda a, b: alpha_iou_loss(a, b, alpha=1)),
+        (lambda a, b: iou_loss(a, b, mode="square"), lambda a, b: alpha_iou_loss(a, b, alpha=2)),
+        (iou_loss, lambda a, b: mpdiou_loss(a, b, diagonal=1e30)),
+        # the factor of version 3 is 1 where beta is delta
+        (wiou_loss, lambda a, b: wiou_loss(a, b, mean=iou_loss(a, b).detach(), delta=1.0)),
+    ],
+)
+def test_identities(special: Any, general: Any) -> None:
+    a, b = sample()
+    expected, slope = value_and_grad(special, a, b)
+    value, grad = value_and_grad(general, a, b)
+    assert_same(value, expected)
+    assert_same(grad, slope)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("name", PEERS)
 def test_equal_to_torchvision(name: str, reduction: str) -> None:
@@ -85,6 +140,20 @@ def test_equal_to_torchvision(name: str, reduction: str) -> None:
         ("diou", [0, 0, 2, 2], [1, 0, 3, 2], 1 - 1 / 3 + 1 / 13),
         ("giou", [0, 0, 1, 1], [3, 0, 4, 1], 1.5),
         ("diou", [0, 0, 1, 1], [3, 0, 4, 1], 1 + 9 / 17),
+        ("eiou", [0, 0, 1, 1], [3, 0, 4, 1], 1 + 9 / 17),  # of one size
+        ("eiou", [0, 0, 2, 2], [0, 0, 4, 2], 0.5 + 1 / 20 + 1 / 4),
+        ("focal_eiou", [0, 0, 2, 2], [0, 0, 4, 2], 0.8 / 2**0.5),
+        ("focal_eiou", [0, 0, 1, 1], [3, 0, 4, 1], 0.0),
+        ("siou", [0, 0, 1, 1], [3, 0, 4, 1], 1 + (1 - math.exp(-2 * 9 / 16)) / 2),  # on one axis
+        ("siou", [0, 0, 1, 1], [1, 1, 2, 2], 2 - math.exp(-1 / 4)),  # on the diagonal
+        ("siou", [0, 0, 4, 4], [1, 1, 3, 3], 0.75 + (1 - math.exp(-0.5)) ** 4),  # concentric
+        ("mpdiou", [0, 0, 4, 4], [1, 1, 3, 3], 0.75 + 4 / 32),
+        ("mpdiou", [0, 0, 1, 1], [3, 0, 4, 1], 1 + 18 / 17),
+        ("wiou", [0, 0, 1, 1], [3, 0, 4, 1], math.exp(9 / 17)),
+        ("wiou", [0, 0, 4, 4], [1, 1, 3, 3], 0.75),
+        ("alpha_iou", [0, 0, 2, 2], [0, 0, 4, 2], 1 - 1 / 8),
+        ("nwd", [0, 0, 2, 2], [3, 4, 5, 6], 1 - math.exp(-5 / 12.8)),
+        ("nwd", [0, 0, 8, 8], [1, 4, 7, 4], 1 - math.exp(-((1 + 16) ** 0.5) / 12.8)),
     ],
 )
 def test_by_hand(name: str, a: list[float], b: list[float], expected: float) -> None:
@@ -115,13 +184,32 @@ def test_identical_boxes_cost_nothing(name: str, side: float, corner: float) -> 
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", SCALE_FREE)
 @pytest.mark.parametrize("scale", [2.0**-40, 1e-6, 1e6, 2.0**20])
 def test_free_of_scale(name: str, scale: float) -> None:
     a, b = sample()
     a = torch.cat((a, torch.tensor([[0.0, 0, 3, 0], [1, 1, 1, 1], [0, 0, 3, 0]]).double()))
     b = torch.cat((b, torch.tensor([[0.0, 0, 3, 3], [1, 1, 1, 1], [0, 0, 3, 0]]).double()))
     assert_same(FAMILY[name](a * scale, b * scale), FAMILY[name](a, b))
+
+
+def test_nwd_and_its_constant_have_one_unit() -> None:
+    a, b = sample()
+    for scale in (1e-6, 1e6):
+        got = nwd_loss(a * scale, b * scale, constant=12.8 * scale)
+        assert_same(got, nwd_loss(a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FAMILY)
+def test_sizes_without_a_reciprocal(name: str, dtype: torch.dtype) -> None:
+    """The smallest numbers as sides, offsets and both."""
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    boxes = [[0, 0, 0, 0], [0, least, 0, least], [0, 0, least, 1], [least, 0, least, 1e-9]]
+    pairs = torch.tensor(list(itertools.product(boxes, repeat=2)), dtype=dtype)
+    value, grad = value_and_grad(FAMILY[name], pairs[:, 0], pairs[:, 1])
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
 
 
 DEGENERATE = [
@@ -147,7 +235,8 @@ def test_finite_for_every_box(name: str, dtype: torch.dtype) -> None:
     assert grad.isfinite().all()
     same = (a == b).all(-1)
     assert (value[same].abs() <= 1e-6).all()
-    assert (value[~same] > 0).all()
+    if name != "focal_eiou":  # which forgets disjoint boxes
+        assert (value[~same] > 0).all()
 
 
 sides = st.one_of(st.just(0.0), st.floats(2**-20, 1e4, width=32))
@@ -163,8 +252,7 @@ def test_any_two_boxes(name: str, boxes: list[tuple[float, ...]]) -> None:
     a, b = torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), -1)
     value, grad = value_and_grad(FAMILY[name], a, b)
     assert grad.isfinite().all()
-    bound = {"iou": 1, "giou": 2, "diou": 2, "ciou": 3}[name]
-    assert -1e-6 <= value <= bound + 1e-5
+    assert -1e-6 <= value <= BOUNDS[name] + 1e-5
     torch.testing.assert_close(value, FAMILY[name](b, a))
     wide = FAMILY[name](a.double(), b.double()).float()
     torch.testing.assert_close(value, wide, rtol=1e-4, atol=1e-4)
@@ -172,15 +260,102 @@ def test_any_two_boxes(name: str, boxes: list[tuple[float, ...]]) -> None:
 
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize(
-    "inverted", [[10.0, 10, 0, 0], [10.0, 0, 0, 10], [0.0, 10, 10, 0], [100.0, 0, 50, 10]]
+    "inverted",
+    [
+        [10.0, 10, 0, 0],
+        [10.0, 0, 0, 10],
+        [0.0, 10, 10, 0],
+        [100.0, 0, 50, 10],
+        [9e5, 9e5, -1e6, 1e-30 - 1e6],  # around its target
+    ],
 )
 def test_inverted_predictions(name: str, inverted: list[float]) -> None:
     """They cost at least as much as a miss; torchvision's GIoU of the first is 0."""
     value, grad = value_and_grad(
         FAMILY[name], torch.tensor([inverted]), torch.tensor([[0.0, 0, 10, 10]])
     )
-    assert value >= 1
+    if name == "focal_eiou":
+        assert value == 0
+    elif name == "nwd":  # far, and pulled into order
+        assert value > 0.5
+    else:
+        assert value >= 1
+    assert value <= BOUNDS[name]
     assert grad.isfinite().all()
+
+
+def test_nwd_puts_an_inverted_box_in_order() -> None:
+    _, grad = value_and_grad(
+        nwd_loss, torch.tensor([[10.0, 10, 0, 0]]), torch.tensor([[0.0, 0, 10, 10]])
+    )
+    assert (grad[0, :2] > 0).all()
+    assert (grad[0, 2:] < 0).all()
+
+
+@pytest.mark.parametrize("name", ["giou", "diou", "ciou", "eiou", "siou", "mpdiou", "wiou", "nwd"])
+def test_a_step_against_the_gradient_brings_disjoint_boxes_nearer(name: str) -> None:
+    a, b = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[5.0, 3, 9, 6]])
+    _, grad = value_and_grad(FAMILY[name], a, b)
+    step = -grad / grad.norm()
+    if name == "wiou":  # which has no slope of the IoU there, but one of the distance
+        assert (step[0, :2] > 0).all()
+    assert (step[0, 0] + step[0, 2] > 0) & (step[0, 1] + step[0, 3] > 0)
+    assert nwd_loss(a + 0.1 * step, b) < nwd_loss(a, b)
+
+
+def test_siou_of_concentric_boxes_has_a_finite_gradient() -> None:
+    """Their angle is none; so is that of centres too near for their distance to be squared."""
+    outer = torch.tensor([-1.0, -1, 1, 1]).repeat(3, 1)
+    inner = torch.tensor([[-0.5], [1e-19], [1e-25]]) * torch.tensor([1.0, 1, -1, -1])
+    inner[1:, 2:] *= -1
+    value, grad = value_and_grad(siou_loss, inner, outer)
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+
+
+def test_wiou_looks_most_at_ordinary_boxes() -> None:
+    """Weighed by version 3: right ones and outliers less than those in between."""
+    target = torch.tensor([0.0, 0, 10, 10]).repeat(3, 1)
+    boxes = target + torch.tensor([[0.1], [2.0], [30.0]])
+    factor = wiou_loss(boxes, target, mean=0.2) / wiou_loss(boxes, target)
+    assert factor[1] > factor[0]
+    assert factor[1] > factor[2]
+    # a tensor of one number does as well, and a mean near 0 makes outliers of all
+    assert_same(
+        wiou_loss(boxes, target, mean=torch.tensor(0.2)), wiou_loss(boxes, target, mean=0.2)
+    )
+    value, grad = value_and_grad(lambda boxes: wiou_loss(boxes, target, mean=1e-6), boxes)
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+
+
+def test_alpha_below_1_is_finite_too() -> None:
+    a = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]])
+    b = torch.tensor([[1.0, 1, 2, 2], [0, 0, 1, 1], [0.5, 0, 1, 1]])
+    value, grad = value_and_grad(lambda a: alpha_iou_loss(a, b, alpha=0.5), a)
+    torch.testing.assert_close(value, torch.tensor([1, 0, 1 - 0.5**0.5]))
+    assert grad.isfinite().all()
+    value, grad = value_and_grad(lambda a: siou_loss(a, b, theta=0.5), a)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("focal_eiou", {"gamma": -1}, "gamma must not be negative or infinite: -1"),
+        ("siou", {"theta": 0}, "theta must be positive and finite: 0"),
+        ("mpdiou", {"diagonal": -5.0}, "diagonal must be positive and finite: -5"),
+        ("wiou", {"mean": 0.0}, "mean must be positive and finite: 0"),
+        ("wiou", {"alpha": 0.0}, "alpha must be positive"),
+        ("wiou", {"delta": -1.0}, "delta must be positive"),
+        ("alpha_iou", {"alpha": math.nan}, "alpha must be positive and finite: nan"),
+        ("nwd", {"constant": math.inf}, "constant must be positive and finite: inf"),
+        ("eiou", {"reduction": "avg"}, "reduction must be one of"),
+    ],
+)
+def test_bad_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FAMILY[name](*sample(2), **options)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -204,8 +379,8 @@ def test_shapes_and_dtypes(name: str) -> None:
     each = loss(a, b)
     assert loss(a.reshape(3, 4, 4), b.reshape(3, 4, 4)).shape == (3, 4)
     assert_same(loss(a[0], b[0]), each[0])
-    assert_same(loss(a, b, "mean"), each.mean())
-    assert_same(loss(a, b, "sum"), each.sum())
+    assert_same(loss(a, b, reduction="mean"), each.mean())
+    assert_same(loss(a, b, reduction="sum"), each.sum())
     for dtype in (torch.float16, torch.bfloat16):
         low, high = a.to(dtype), b.to(dtype)
         value, grad = value_and_grad(loss, low, high)
@@ -215,7 +390,7 @@ def test_shapes_and_dtypes(name: str) -> None:
     torch.testing.assert_close(loss(whole, (b * 10).long()), loss(whole.float(), (b * 10).long()))
     empty = torch.zeros(0, 4, requires_grad=True)
     assert loss(empty, empty.detach()).shape == (0,)
-    nothing = loss(empty, empty.detach(), "mean")
+    nothing = loss(empty, empty.detach(), reduction="mean")
     nothing.backward()
     assert nothing == 0
     with pytest.raises(ValueError, match=r"one shape \(\*, 4\)"):
@@ -237,7 +412,7 @@ def test_ciou_is_0_with_a_finite_gradient_at_a_perfect_prediction() -> None:
 
 
 @pytest.mark.parametrize("side", [1e-30, 1e-23, 1e-20, 1e19, 1e30])
-@pytest.mark.parametrize("loss", FAMILY.values(), ids=FAMILY)
+@pytest.mark.parametrize("loss", SCALE_FREE.values(), ids=SCALE_FREE)
 def test_boxes_of_any_size_are_one_loss(loss: Any, side: float) -> None:
     unit = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]])
     other = torch.tensor([[0.5, 0.25, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]])

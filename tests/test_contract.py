@@ -21,8 +21,9 @@ DENSE = [case for case in CASES if case[1] in ("classification", "segmentation")
 SEGMENTATION = [name for name, kind in CASES if kind == "segmentation"]
 SUMS = ["ce + dice", "bce + dice", "0.5*ce(label_smoothing=0.1) + focal_tversky + focal"]
 SOFT = [case for case in DENSE if case[0] != "softmax_focal"]  # which needs class indices
-# CIoU takes alpha for a constant, by definition: its gradient is not that of its value
-DIFFERENTIABLE = [case for case in CASES if case[0] != "ciou"]
+# They take factors for constants, by definition: their gradient is not that of their value
+CONSTANTS = ("ciou", "focal_eiou", "wiou")
+DIFFERENTIABLE = [case for case in CASES if case[0] not in CONSTANTS]
 cases = pytest.mark.parametrize(("name", "kind"), CASES)
 dense_cases = pytest.mark.parametrize(("name", "kind"), DENSE)
 
@@ -40,6 +41,8 @@ def sample(
         x, y = (torch.cat((c[:, :2], c[:, :2] + c[:, 2:].abs() + 0.1), 1) for c in random(2, 6, 4))
     elif kind == "deltas":
         x, y = random(2, 6, 4)
+    elif kind == "distribution":
+        x, y = random(7, 4, 5), random(7, 4) + 2
     elif kind == "classification":
         x, y = random(2, 7, 3), torch.randint(-2, 3, (2, 7), generator=generator)
     else:

@@ -17,6 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 import detseg_losses
 from detseg_losses import SpecError
 from detseg_losses.integrations import restore_losses, use_losses
+from detseg_losses.spec import names_of_kind
 from processes import run_in_processes
 
 CLASSES = 7
@@ -174,6 +175,24 @@ BOX_SUMS = [
     for size in (1, 2)
     for names in itertools.combinations(["iou", "giou", "diou", "ciou", "l1", "smooth_l1"], size)
 ]
+
+
+OTHERS = [name for kind in ("boxes", "deltas") for name in names_of_kind(kind)]
+
+
+@pytest.mark.parametrize("loss", [name for name in OTHERS if name not in BOX_SUMS])
+def test_every_other_loss_makes_a_step(loss, images, targets):
+    """Its gradient reaches the regression head, and a small step along it lowers it."""
+    model = use_losses(small_retinanet(), f"{loss}+focal")
+    losses, gradients = run(model, images, targets)
+    assert losses["bbox_regression"].isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    last = model.head.regression_head.bbox_reg
+    assert last.weight.grad.any()
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter -= 1e-3 * parameter.grad / parameter.grad.norm()
+    assert model(images, targets)["bbox_regression"] < losses["bbox_regression"]
 
 
 @pytest.mark.parametrize("classification", ["focal", "bce"])
