@@ -1,6 +1,6 @@
 """Dense-prediction losses for detection and segmentation, and the strings that name them."""
 
-from .base import LOSSES, Loss
+from .base import LOSSES, Loss, class_balanced_weights
 from .boxes import (
     CIoULoss,
     DIoULoss,
@@ -12,13 +12,34 @@ from .boxes import (
     iou_loss,
 )
 from .classification import (
+    AsymmetricLoss,
     BCELoss,
+    GHMLoss,
+    PolyFocalLoss,
+    QualityFocalLoss,
     SigmoidFocalLoss,
+    VarifocalLoss,
+    asymmetric_loss,
     binary_cross_entropy_loss,
+    ghm_loss,
+    poly_focal_loss,
+    quality_focal_loss,
     sigmoid_focal_loss,
+    varifocal_loss,
 )
 from .deltas import L1Loss, SmoothL1Loss, l1_loss, smooth_l1_loss
-from .pixels import CrossEntropyLoss, SoftmaxFocalLoss, cross_entropy_loss, softmax_focal_loss
+from .pixels import (
+    CrossEntropyLoss,
+    OHEMCrossEntropyLoss,
+    PolyCrossEntropyLoss,
+    SoftmaxFocalLoss,
+    SymmetricCrossEntropyLoss,
+    cross_entropy_loss,
+    ohem_cross_entropy_loss,
+    poly_cross_entropy_loss,
+    softmax_focal_loss,
+    symmetric_cross_entropy_loss,
+)
 from .regions import (
     DiceLoss,
     FocalTverskyLoss,
@@ -35,6 +56,7 @@ from .statistics import Statistics, statistics
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
+    "AsymmetricLoss",
     "BCELoss",
     "CEDiceLoss",
     "CIoULoss",
@@ -42,32 +64,48 @@ __all__ = [
     "DIoULoss",
     "DiceLoss",
     "FocalTverskyLoss",
+    "GHMLoss",
     "GIoULoss",
     "IoULoss",
     "JaccardLoss",
     "L1Loss",
     "Loss",
     "LossSum",
+    "OHEMCrossEntropyLoss",
+    "PolyCrossEntropyLoss",
+    "PolyFocalLoss",
+    "QualityFocalLoss",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftmaxFocalLoss",
     "SpecError",
     "Statistics",
+    "SymmetricCrossEntropyLoss",
     "TverskyLoss",
+    "VarifocalLoss",
+    "asymmetric_loss",
     "binary_cross_entropy_loss",
     "build_loss",
+    "class_balanced_weights",
     "complete_box_iou_loss",
     "cross_entropy_loss",
     "dice_loss",
     "distance_box_iou_loss",
     "focal_tversky_loss",
     "generalized_box_iou_loss",
+    "ghm_loss",
     "iou_loss",
     "jaccard_loss",
     "l1_loss",
+    "ohem_cross_entropy_loss",
+    "poly_cross_entropy_loss",
+    "poly_focal_loss",
+    "quality_focal_loss",
     "sigmoid_focal_loss",
     "smooth_l1_loss",
     "softmax_focal_loss",
     "statistics",
+    "symmetric_cross_entropy_loss",
     "tversky_loss",
+    "varifocal_loss",
 ]
