@@ -1,6 +1,10 @@
 """Dense-prediction losses for detection and segmentation, and the strings that name them."""
 
-from .base import LOSSES, Loss
+from .base import (
+    LOSSES,
+    Loss,
+    class_balanced_weights,
+)
 from .boxes import (
     AlphaIoULoss,
     CIoULoss,
@@ -26,10 +30,20 @@ from .boxes import (
     wiou_loss,
 )
 from .classification import (
+    AsymmetricLoss,
     BCELoss,
+    GHMLoss,
+    PolyFocalLoss,
+    QualityFocalLoss,
     SigmoidFocalLoss,
+    VarifocalLoss,
+    asymmetric_loss,
     binary_cross_entropy_loss,
+    ghm_loss,
+    poly_focal_loss,
+    quality_focal_loss,
     sigmoid_focal_loss,
+    varifocal_loss,
 )
 from .deltas import (
     BalancedL1Loss,
@@ -47,7 +61,18 @@ from .deltas import (
     mse_loss,
     smooth_l1_loss,
 )
-from .pixels import CrossEntropyLoss, SoftmaxFocalLoss, cross_entropy_loss, softmax_focal_loss
+from .pixels import (
+    CrossEntropyLoss,
+    OHEMCrossEntropyLoss,
+    PolyCrossEntropyLoss,
+    SoftmaxFocalLoss,
+    SymmetricCrossEntropyLoss,
+    cross_entropy_loss,
+    ohem_cross_entropy_loss,
+    poly_cross_entropy_loss,
+    softmax_focal_loss,
+    symmetric_cross_entropy_loss,
+)
 from .regions import (
     DiceLoss,
     FocalTverskyLoss,
@@ -58,13 +83,22 @@ from .regions import (
     jaccard_loss,
     tversky_loss,
 )
-from .spec import CEDiceLoss, LossSum, SpecError, build_loss
-from .statistics import Statistics, statistics
+from .spec import (
+    CEDiceLoss,
+    LossSum,
+    SpecError,
+    build_loss,
+)
+from .statistics import (
+    Statistics,
+    statistics,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
     "AlphaIoULoss",
+    "AsymmetricLoss",
     "BCELoss",
     "BalancedL1Loss",
     "CEDiceLoss",
@@ -76,6 +110,7 @@ __all__ = [
     "EIoULoss",
     "FocalEIoULoss",
     "FocalTverskyLoss",
+    "GHMLoss",
     "GIoULoss",
     "HuberLoss",
     "IoULoss",
@@ -87,18 +122,26 @@ __all__ = [
     "MPDIoULoss",
     "MSELoss",
     "NWDLoss",
+    "OHEMCrossEntropyLoss",
+    "PolyCrossEntropyLoss",
+    "PolyFocalLoss",
+    "QualityFocalLoss",
     "SIoULoss",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftmaxFocalLoss",
     "SpecError",
     "Statistics",
+    "SymmetricCrossEntropyLoss",
     "TverskyLoss",
+    "VarifocalLoss",
     "WIoULoss",
     "alpha_iou_loss",
+    "asymmetric_loss",
     "balanced_l1_loss",
     "binary_cross_entropy_loss",
     "build_loss",
+    "class_balanced_weights",
     "complete_box_iou_loss",
     "cross_entropy_loss",
     "dice_loss",
@@ -108,6 +151,7 @@ __all__ = [
     "focal_eiou_loss",
     "focal_tversky_loss",
     "generalized_box_iou_loss",
+    "ghm_loss",
     "huber_loss",
     "iou_loss",
     "jaccard_loss",
@@ -116,11 +160,17 @@ __all__ = [
     "mpdiou_loss",
     "mse_loss",
     "nwd_loss",
+    "ohem_cross_entropy_loss",
+    "poly_cross_entropy_loss",
+    "poly_focal_loss",
+    "quality_focal_loss",
     "sigmoid_focal_loss",
     "siou_loss",
     "smooth_l1_loss",
     "softmax_focal_loss",
     "statistics",
+    "symmetric_cross_entropy_loss",
     "tversky_loss",
+    "varifocal_loss",
     "wiou_loss",
 ]

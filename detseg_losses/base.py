@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
@@ -120,9 +121,44 @@ def check_choice(option: str, value: object, choices: Any) -> None:
         raise ValueError(f"{option} must be one of {get_args(choices)}, not {value!r}")
 
 
+def check_not_negative(option: str, value: float) -> None:
+    """Raise a ValueError that names ``option`` unless its value is 0 or more."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{option} must not be negative or infinite: {value}")
+
+
 def as_weights(value: Any) -> Any:
     """Numbers of classes as a tensor; a tensor, a number or None as it is."""
     return torch.tensor(value, dtype=torch.float32) if isinstance(value, Sequence) else value
+
+
+def class_balanced_weights(counts: Tensor | Sequence[float], beta: float = 0.999) -> Tensor:
+    r"""Weights of classes by the effective number of their samples (Cui et al., arXiv:1901.05555).
+
+    For ``class_weights`` where some classes are rare. The more samples a class has, the less a
+    further one adds; weights by plain inverse frequency would let the rarest classes rule.
+
+    .. math:: w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \quad \sum_c w_c = C
+
+    Args:
+        counts: how many samples (boxes, pixels, images) each class has, ``(C,)``.
+        beta: 0 weighs all classes alike, towards 1 it becomes the inverse frequency. Samples
+            beyond some ``1 / (1 - beta)`` hardly count: take that near the counts themselves.
+
+    Returns:
+        ``(C,)``, float32; 0 for a class without samples.
+
+    Raises:
+        ValueError: on a beta outside of [0, 1), or counts that are negative or not ``(C,)``.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1): {beta}")
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    if counts.dim() != 1 or not bool((counts >= 0).all()):
+        raise ValueError(f"counts must be (C,) and not negative: {counts.tolist()}")
+    log_beta = math.log(beta) if beta else -math.inf
+    weights = torch.where(counts > 0, -1 / torch.expm1(counts * log_beta), 0)
+    return divide(weights * len(weights), weights.sum()).float()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,15 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, Reduction, as_weights, check_choice, mean_of_sums, register
-from .layout import Mode, detection_batch, segmentation_batch
+from .base import (
+    Loss,
+    Reduction,
+    as_weights,
+    blocks,
+    check_choice,
+    check_not_negative,
+    divide,
+    mean_of_sums,
+    register,
+    world_sum,
+)
+from .layout import Batch, Mode, detection_batch, segmentation_batch
 from .pointwise import Formula, Label, Sigmoid, column, mix, pointwise, power
 from .statistics import Need, Statistics
 
@@ -109,6 +120,184 @@ def binary_cross_entropy_loss(
     )
 
 
+def quality_focal_loss(
+    inputs: Tensor | Statistics,
+    targets: Tensor | None = None,
+    *,
+    beta: float = 2.0,
+    reduction: str = "mean",
+    **options: Unpack[ClassificationOptions],
+) -> Tensor:
+    r"""Quality focal loss (Li et al., Generalized Focal Loss, arXiv:2006.04388).
+
+    For detectors whose score is also to tell how well the box fits: the target of a positive is
+    the IoU of its box, not 1.
+
+    .. math:: -|y - p|^\beta \bigl(y \log p + (1 - y) \log (1 - p)\bigr)
+
+    The paper takes the sum over the number of positives.
+
+    Args:
+        inputs: logits ``(*, K)``, or ``(B, C, *)`` with a ``mode``.
+        targets: the quality in [0, 1] of each entry, of the same shape, 0 for negatives. Class
+            indices ``(*)`` stand for a quality of 1: focal loss without alpha.
+        beta: how fast the loss falls near the target; 0 is cross entropy. Below 1 the slope has no
+            limit where p meets a target between 0 and 1.
+        reduction: ``"none"``, ``"mean"`` (over what is not left out) or ``"sum"``.
+        **options: see :class:`ClassificationOptions`.
+
+    Raises:
+        ValueError: on a negative beta, shapes that do not fit, or a label out of range.
+    """
+    return _sigmoid_loss(QualityFocal(beta), inputs, targets, reduction, **options)
+
+
+def varifocal_loss(
+    inputs: Tensor | Statistics,
+    targets: Tensor | None = None,
+    *,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    reduction: str = "mean",
+    **options: Unpack[ClassificationOptions],
+) -> Tensor:
+    r"""Varifocal loss (Zhang et al., VarifocalNet, arXiv:2008.13367).
+
+    For detectors whose score is also to tell how well the box fits. Positives are few, so they are
+    not weighed down where they are easy, as negatives are, but weighed by their quality.
+
+    .. math::
+        \begin{cases}
+            -y \bigl(y \log p + (1 - y) \log (1 - p)\bigr) & y > 0 \\
+            -\alpha p^\gamma \log (1 - p) & y = 0
+        \end{cases}
+
+    The paper takes the sum over the number of positives.
+
+    Args:
+        inputs: logits ``(*, K)``, or ``(B, C, *)`` with a ``mode``.
+        targets: the quality (IoU of the box) in [0, 1] of each entry, of the same shape, 0 for
+            negatives. Class indices ``(*)`` stand for a quality of 1.
+        alpha: weight of negatives.
+        gamma: how fast the loss of easy negatives falls.
+        reduction: ``"none"``, ``"mean"`` (over what is not left out) or ``"sum"``.
+        **options: see :class:`ClassificationOptions`.
+
+    Raises:
+        ValueError: on a negative alpha or gamma, shapes that do not fit, or a label out of range.
+    """
+    return _sigmoid_loss(Varifocal(alpha, gamma), inputs, targets, reduction, **options)
+
+
+def asymmetric_loss(
+    inputs: Tensor | Statistics,
+    targets: Tensor | None = None,
+    *,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 0.0,
+    margin: float = 0.05,
+    reduction: str = "mean",
+    **options: Unpack[ClassificationOptions],
+) -> Tensor:
+    r"""Asymmetric loss (Ridnik et al., arXiv:2009.14119).
+
+    For many labels of which few apply, some of them missing: easy negatives lose weight faster
+    than easy positives, and those below the margin cost nothing.
+
+    .. math::
+        -y (1 - p)^{\gamma_+} \log p - (1 - y)\, p_m^{\gamma_-} \log (1 - p_m),
+        \quad p_m = \max(p - m, 0)
+
+    Args:
+        inputs: logits ``(*, K)``, or ``(B, C, *)`` with a ``mode``.
+        targets: values in [0, 1] of the same shape, or class indices ``(*)``: -1 is background,
+            -2 is left out.
+        gamma_neg: how fast the loss of easy negatives falls.
+        gamma_pos: how fast the loss of easy positives falls.
+        margin: the probability m up to which a negative costs nothing. It also bounds the cost of
+            a negative, and takes the gradient from those that are likely to be missing labels.
+        reduction: ``"none"``, ``"mean"`` (over what is not left out) or ``"sum"``.
+        **options: see :class:`ClassificationOptions`.
+
+    Raises:
+        ValueError: on a negative gamma, a margin outside of [0, 1], shapes that do not fit, or a
+            label out of range.
+    """
+    formula = Asymmetric(gamma_neg, gamma_pos, margin)
+    return _sigmoid_loss(formula, inputs, targets, reduction, **options)
+
+
+def poly_focal_loss(
+    inputs: Tensor | Statistics,
+    targets: Tensor | None = None,
+    *,
+    epsilon: float = 1.0,
+    alpha: Tensor | Sequence[float] | float | None = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "mean",
+    **options: Unpack[ClassificationOptions],
+) -> Tensor:
+    r"""Poly-1 focal loss (Leng et al., PolyLoss, arXiv:2204.12511).
+
+    Focal loss with another weight of its leading term, one number to tune to a data set.
+
+    .. math:: \alpha_t \bigl(-(1 - p_t)^\gamma \log p_t + \epsilon (1 - p_t)^{\gamma + 1}\bigr)
+
+    Args:
+        inputs: logits ``(*, K)``, or ``(B, C, *)`` with a ``mode``.
+        targets: values in [0, 1] of the same shape, or class indices ``(*)``: -1 is background,
+            -2 is left out.
+        epsilon: what is added to the leading coefficient, which is 1 in the focal loss.
+        alpha: weight of positives, negatives have 1 - alpha: a number, or one for each class.
+            None or -1: no weighting.
+        gamma: how fast the loss of what is well classified falls.
+        reduction: ``"none"``, ``"mean"`` (over what is not left out) or ``"sum"``.
+        **options: see :class:`ClassificationOptions`.
+
+    Raises:
+        ValueError: on an epsilon below -1 (the loss would reward mistakes), an alpha outside of
+            [0, 1], a negative gamma, shapes that do not fit, or a label out of range.
+    """
+    formula = PolyFocal(as_weights(alpha), gamma, epsilon)
+    return _sigmoid_loss(formula, inputs, targets, reduction, **options)
+
+
+def ghm_loss(
+    inputs: Tensor | Statistics,
+    targets: Tensor | None = None,
+    *,
+    bins: int = 30,
+    reduction: str = "mean",
+    **options: Unpack[ClassificationOptions],
+) -> Tensor:
+    r"""Gradient harmonised cross entropy, GHM-C (Li et al., arXiv:1811.05181).
+
+    For detection heads with both very many easy negatives and outliers that no training fits:
+    each entry is weighed by how rare the size of its gradient is.
+
+    .. math::
+        \frac{N}{M R(g)} \bigl(-y \log p - (1 - y) \log (1 - p)\bigr), \quad g = |p - y|
+
+    of N entries, R(g) of which are in the bin that g is in. M counts the bins that hold any, as
+    the authors have it, so that the mean weight is 1. Entries are counted over the whole batch,
+    with their weights, and with ``sync`` over all processes; there is no moving average of the
+    counts. The weights are taken for constants.
+
+    Args:
+        inputs: logits ``(*, K)``, or ``(B, C, *)`` with a ``mode``.
+        targets: values in [0, 1] of the same shape, or class indices ``(*)``: -1 is background,
+            -2 is left out.
+        bins: into how many bins of equal width the sizes of gradients from 0 to 1 are sorted.
+        reduction: ``"none"``, ``"mean"`` (over what is not left out) or ``"sum"``.
+        **options: see :class:`ClassificationOptions`.
+
+    Raises:
+        ValueError: on less than one bin, shapes that do not fit, or a label out of range.
+    """
+    formula = Harmonised(bins, options.get("sync", False))
+    return _sigmoid_loss(formula, inputs, targets, reduction, **options)
+
+
 @dataclass(frozen=True)
 class CrossEntropy(Formula):
     pos_weight: Tensor | float
@@ -132,8 +321,7 @@ class Focal(Formula):
     def __post_init__(self) -> None:
         if isinstance(self.alpha, (int, float)) and not (self.alpha == -1 or 0 <= self.alpha <= 1):
             raise ValueError(f"alpha must be in [0, 1], or -1 or None for no weight: {self.alpha}")
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"gamma must not be negative or infinite: {self.gamma}")
+        check_not_negative("gamma", self.gamma)
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return self.weighted(s.cross_entropy(y) * power(s.missed(y), self.gamma), y)
@@ -158,6 +346,184 @@ class Focal(Formula):
             return values
         alpha = column(self.alpha)
         return values * mix(1 - alpha, alpha, y)
+
+
+def error(s: Sigmoid, y: Label) -> Tensor:
+    """``p - y`` without cancellation, the slope of the cross entropy."""
+    if isinstance(y, Tensor):
+        return torch.lerp(s.p, -s.q, y)
+    return -s.q if y else s.p
+
+
+@dataclass(frozen=True)
+class QualityFocal(Formula):
+    beta: float
+
+    def __post_init__(self) -> None:
+        check_not_negative("beta", self.beta)
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return power(error(s, y).abs(), self.beta) * s.cross_entropy(y)
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        if not isinstance(y, Tensor):
+            return Focal(None, self.beta).slope(s, y)
+        rise, ce = error(s, y), s.cross_entropy(y)
+        missed = rise.abs()
+        factor = power(missed.clamp(min=torch.finfo(missed.dtype).tiny), self.beta - 1)
+        tilt = s.p * s.q * rise.sign()  # the slope of missed
+        return factor * torch.addcmul(missed * rise, tilt, ce, value=self.beta)
+
+
+@dataclass(frozen=True)
+class Varifocal(Formula):
+    alpha: float
+    gamma: float
+
+    def __post_init__(self) -> None:
+        check_not_negative("alpha", self.alpha)
+        check_not_negative("gamma", self.gamma)
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        if isinstance(y, Tensor):
+            return torch.where(y > 0, y * s.cross_entropy(y), self.value(s, 0))
+        return s.pos if y else self.alpha * power(s.p, self.gamma) * s.neg
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        if isinstance(y, Tensor):
+            return torch.where(y > 0, y * error(s, y), self.slope(s, 0))
+        if y:
+            return -s.q
+        rise = torch.addcmul(s.p, s.q, s.neg, value=self.gamma)
+        return self.alpha * power(s.p, self.gamma) * rise
+
+
+@dataclass(frozen=True)
+class Asymmetric(Formula):
+    gamma_neg: float
+    gamma_pos: float
+    margin: float
+
+    def __post_init__(self) -> None:
+        check_not_negative("gamma_neg", self.gamma_neg)
+        check_not_negative("gamma_pos", self.gamma_pos)
+        if not 0 <= self.margin <= 1:
+            raise ValueError(f"margin must be in [0, 1]: {self.margin}")
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        if isinstance(y, Tensor):
+            return torch.lerp(self.value(s, 0), self.value(s, 1), y)
+        if y or not self.margin:
+            return self.unshifted(y).value(s, y)
+        right = self.right(s)
+        return -power(1 - right, self.gamma_neg) * right.log()
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        if isinstance(y, Tensor):
+            return torch.lerp(self.slope(s, 0), self.slope(s, 1), y)
+        if y or not self.margin:
+            return self.unshifted(y).slope(s, y)
+        right = self.right(s)
+        missed = (1 - right).clamp(min=torch.finfo(right.dtype).tiny)
+        factor = power(missed, self.gamma_neg - 1) * s.p * s.q
+        slope = factor * torch.sub(missed / right, right.log(), alpha=self.gamma_neg)
+        return torch.where(right < 1, slope, 0)
+
+    def unshifted(self, y: Label) -> Focal:
+        return Focal(None, self.gamma_pos if y else self.gamma_neg)
+
+    def right(self, s: Sigmoid) -> Tensor:
+        """``1 - p_m``."""
+        return (s.q + self.margin).clamp(max=1)
+
+
+@dataclass(frozen=True)
+class PolyFocal(Focal):
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon must not be below -1 or infinite: {self.epsilon}")
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        missed = s.missed(y)
+        terms = torch.add(s.cross_entropy(y), missed, alpha=self.epsilon)
+        return self.weighted(power(missed, self.gamma) * terms, y)
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        tilt = s.p * s.q * (1 - 2 * y)  # the slope of missed
+        scale = self.epsilon * (self.gamma + 1)
+        rest = self.weighted(power(s.missed(y), self.gamma) * tilt * scale, y)
+        return super().slope(s, y) + rest
+
+
+@dataclass(frozen=True)
+class Harmonised(Formula):
+    """Cross entropy that is weighed by the batch that it is fitted to."""
+
+    bins: int
+    sync: bool
+
+    def __post_init__(self) -> None:
+        if self.bins < 1:
+            raise ValueError(f"bins must be 1 or more: {self.bins}")
+
+    def fitted(self, batch: Batch) -> Formula:
+        counts = world_sum(self.counts(batch), self.sync)
+        filled = (counts > 0).sum()
+        return Binned(torch.where(counts > 0, divide(counts.sum(), counts * filled), 0))
+
+    def counts(self, batch: Batch) -> Tensor:
+        """The weights of the entries in each bin, added up."""
+        logits = batch.logits.detach()
+        weight = logits.new_ones(1, 1, 1) if batch.weight is None else batch.weight
+        counts = logits.new_zeros(self.bins, dtype=batch.dtype)
+        for tile in blocks(logits):
+            x, w = tile.of(logits), tile.of(weight)
+            kept = None if batch.weight is None else w != 0
+            part = replace(batch, logits=x, target=tile.of(batch.target), weight=kept)
+            (found,) = pointwise(part, [Bin(self.bins)], summed=False)
+            each = counts.new_zeros(*x.shape[:2], self.bins)
+            each = each.scatter_add(2, index_of(found, self.bins), w.to(counts).expand_as(x))
+            counts = counts + each.sum((0, 1))
+        return counts
+
+
+@dataclass(frozen=True)
+class Bin(Formula):
+    """The bin of the size of the gradient, as a floating point number."""
+
+    bins: int
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return (error(s, y).detach().abs() * self.bins).floor_()
+
+
+@dataclass(frozen=True)
+class Binned(Formula):
+    """Cross entropy with a weight for each bin, ``(M,)``."""
+
+    weights: Tensor
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return self.each(s, y) * s.cross_entropy(y)
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return self.each(s, y) * error(s, y)
+
+    def each(self, s: Sigmoid, y: Label) -> Tensor:
+        bins = len(self.weights)
+        index = index_of(Bin(bins).value(s, y), bins)
+        return self.weights.expand(*index.shape[:-1], bins).gather(-1, index)
+
+    def of_classes(self, index: Tensor) -> Formula:
+        return self  # the weights are not those of classes
+
+
+def index_of(found: Tensor, bins: int) -> Tensor:
+    """Bins as indices; a gradient of 1 belongs to the last, and NaN to any."""
+    return found.long().clamp_(0, bins - 1)
 
 
 def _sigmoid_loss(
@@ -237,3 +603,54 @@ class BCELoss(SigmoidLoss):
 
     def formula(self) -> Formula:
         return CrossEntropy(self.options["pos_weight"])
+
+
+@register("quality_focal", "classification", "segmentation")
+class QualityFocalLoss(SigmoidLoss):
+    """Module form of :func:`quality_focal_loss`."""
+
+    function = staticmethod(quality_focal_loss)
+
+    def formula(self) -> Formula:
+        return QualityFocal(self.options["beta"])
+
+
+@register("varifocal", "classification", "segmentation")
+class VarifocalLoss(SigmoidLoss):
+    """Module form of :func:`varifocal_loss`."""
+
+    function = staticmethod(varifocal_loss)
+
+    def formula(self) -> Formula:
+        return Varifocal(self.options["alpha"], self.options["gamma"])
+
+
+@register("asymmetric", "classification", "segmentation")
+class AsymmetricLoss(SigmoidLoss):
+    """Module form of :func:`asymmetric_loss`."""
+
+    function = staticmethod(asymmetric_loss)
+
+    def formula(self) -> Formula:
+        options = self.options
+        return Asymmetric(options["gamma_neg"], options["gamma_pos"], options["margin"])
+
+
+@register("poly_focal", "classification", "segmentation")
+class PolyFocalLoss(SigmoidLoss):
+    """Module form of :func:`poly_focal_loss`."""
+
+    function = staticmethod(poly_focal_loss)
+
+    def formula(self) -> Formula:
+        return PolyFocal(self.options["alpha"], self.options["gamma"], self.options["epsilon"])
+
+
+@register("ghm", "classification", "segmentation")
+class GHMLoss(SigmoidLoss):
+    """Module form of :func:`ghm_loss`."""
+
+    function = staticmethod(ghm_loss)
+
+    def formula(self) -> Formula:
+        return Harmonised(self.options["bins"], self.options["sync"])

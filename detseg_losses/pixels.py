@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, Reduction, check_choice, mean_of_sums, register
+from .base import (
+    Loss,
+    Reduction,
+    as_weights,
+    check_choice,
+    check_not_negative,
+    mean_of_sums,
+    register,
+)
 from .layout import Batch, Mode
 from .statistics import Need, Statistics, statistics
 
@@ -75,35 +84,203 @@ def softmax_focal_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
     *,
+    alpha: Tensor | Sequence[float] | float = 1.0,
     gamma: float = 2.0,
     **options: Unpack[PixelOptions],
 ) -> Tensor:
     r"""Focal loss of a softmax over classes (Lin et al., arXiv:1708.02002, on one softmax).
 
-    .. math:: -(1 - p_t)^\gamma \log p_t
+    .. math:: -\alpha_t (1 - p_t)^\gamma \log p_t
 
-    Not the sum of sigmoid focal losses that is elsewhere called multiclass focal loss: with
-    ``gamma=0`` it is the cross entropy. ``class_weights`` take the place of alpha.
+    For one class a pixel where most pixels are easy. Not the sum of sigmoid focal losses that is
+    elsewhere called multiclass focal loss: with ``gamma=0`` it is the cross entropy.
 
     Args:
         logits: raw scores, ``(B, C, *)`` or ``(N, C)``.
         target: class indices ``(B, *)``.
+        alpha: factor of the loss: a number, or one for each class. Unlike ``class_weights``, which
+            a mean divides by, it leaves the mean that over the pixels.
         gamma: how fast the loss of what is well classified falls.
         **options: see :class:`PixelOptions`.
 
     Raises:
         ValueError: on a single channel (use ``focal``), a target that is not class indices, a
-            negative gamma, shapes that do not fit, or a label out of range.
+            negative alpha or gamma, shapes that do not fit, or a label out of range.
     """
-    if gamma < 0:
-        raise ValueError(f"gamma must not be negative: {gamma}")
     s = pixels(logits, target, ["nll"], **options)
-    if s.batch.dense:
-        raise ValueError("softmax_focal_loss needs class indices; use cross_entropy_loss")
-    # 1 - p without cancellation, and with a finite slope of the power where it is 0.
-    missed = -torch.expm1(-s.nll)
-    factor = torch.where(missed > 0, missed, 1).pow(gamma)
-    return s.reduce(s.weighted(factor * s.nll))
+    loss = s.of_labels("softmax_focal", Focal(gamma))
+    if isinstance(alpha, (int, float)):
+        check_not_negative("alpha", alpha)
+        return s.reduce(s.weighted(loss * alpha))
+    return s.reduce(s.weighted(loss, as_weights(alpha)))
+
+
+def poly_cross_entropy_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    epsilon: float = 1.0,
+    **options: Unpack[PixelOptions],
+) -> Tensor:
+    r"""Poly-1 cross entropy (Leng et al., PolyLoss, arXiv:2204.12511).
+
+    Cross entropy with another weight of its leading term, one number to tune to a data set: above
+    0 it insists on confident predictions, below 0 it asks for less confidence.
+
+    .. math:: -\log p_t + \epsilon (1 - p_t)
+
+    Args:
+        logits: raw scores, ``(B, C, *)`` or ``(N, C)``.
+        target: class indices ``(B, *)``.
+        epsilon: what is added to the leading coefficient, which is 1 in the cross entropy.
+        **options: see :class:`PixelOptions`.
+
+    Raises:
+        ValueError: on an epsilon below -1 (the loss would reward mistakes), a single channel, a
+            target that is not class indices, shapes that do not fit, or a label out of range.
+    """
+    if not -1 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must not be below -1 or infinite: {epsilon}")
+    s = pixels(logits, target, ["nll"], **options)
+    return s.reduce(s.weighted(s.of_labels("poly", Mixture(1.0, epsilon))))
+
+
+def symmetric_cross_entropy_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    alpha: float = 0.1,
+    beta: float = 1.0,
+    **options: Unpack[PixelOptions],
+) -> Tensor:
+    r"""Symmetric cross entropy (Wang et al., arXiv:1908.06112).
+
+    For noisy labels: the cross entropy learns fast, and wrong labels too; the reverse cross
+    entropy, of the target under the prediction, is bounded and tolerates them.
+
+    .. math:: -\alpha \log p_t - \beta \sum_c p_c \log y_c = -\alpha \log p_t + 4 \beta (1 - p_t)
+
+    with -4 for the logarithm of 0, as in the paper; another value is another ``beta``.
+
+    Args:
+        logits: raw scores, ``(B, C, *)`` or ``(N, C)``.
+        target: class indices ``(B, *)``.
+        alpha: weight of the cross entropy.
+        beta: weight of the reverse cross entropy.
+        **options: see :class:`PixelOptions`.
+
+    Raises:
+        ValueError: on a negative weight, a single channel, a target that is not class indices,
+            shapes that do not fit, or a label out of range.
+    """
+    check_not_negative("alpha", alpha)
+    check_not_negative("beta", beta)
+    s = pixels(logits, target, ["nll"], **options)
+    return s.reduce(s.weighted(s.of_labels("symmetric_ce", Mixture(alpha, 4 * beta))))
+
+
+def ohem_cross_entropy_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    fraction: float = 0.1,
+    thresh: float | None = 0.7,
+    **options: Unpack[PixelOptions],
+) -> Tensor:
+    r"""Cross entropy of the hardest pixels (Wu et al., online bootstrapping, arXiv:1605.06885).
+
+    For scenes where most pixels are soon well classified and their mean hides thin or rare
+    things.
+
+    .. math:: \operatorname{mean}\{-\log p_t : p_t \le \max(\tau, p_{(k)})\}
+
+    where :math:`p_{(k)}` is the k-th smallest :math:`p_t` of the batch (with ``per_image`` of the
+    image), k being the ``fraction`` of all its pixels. Those left out come last and never count.
+    Each process chooses from its own batch.
+
+    Args:
+        logits: raw scores, ``(B, C, *)`` or ``(N, C)``.
+        target: class indices ``(B, *)``, or probabilities of the logits' shape.
+        fraction: the share of the pixels that is kept at least.
+        thresh: the likelihood up to which a pixel is kept, too, however many there are. None: the
+            hardest ``fraction`` alone, the top-k cross entropy.
+        **options: see :class:`PixelOptions`. Pixels are chosen by likelihood (with probabilities
+            for a target by cross entropy, class weights included); class and pixel weights act on
+            those that are kept. A mean is over those, a map is 0 elsewhere.
+
+    Raises:
+        ValueError: on a fraction or threshold outside of (0, 1], a single channel (use ``bce``),
+            shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    for name, value in (("fraction", fraction), ("thresh", thresh)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{name} must be in (0, 1]: {value}")
+    s = pixels(logits, target, ["nll"], **options)
+    return s.reduce(s.weighted(s.nll), s.hardest(fraction, thresh))
+
+
+@dataclass(frozen=True)
+class LikelihoodFormula:
+    """A loss as a function of the negative log likelihood n."""
+
+    def value(self, n: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def slope(self, n: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Focal(LikelihoodFormula):
+    gamma: float
+
+    def __post_init__(self) -> None:
+        check_not_negative("gamma", self.gamma)
+
+    def value(self, n: Tensor) -> Tensor:
+        return missed(n).pow(self.gamma) * n
+
+    def slope(self, n: Tensor) -> Tensor:
+        m = missed(n)
+        base = m.clamp(min=torch.finfo(m.dtype).tiny)  # a power below 0 follows
+        return base.pow(self.gamma - 1) * torch.addcmul(m, 1 - m, n, value=self.gamma)
+
+
+@dataclass(frozen=True)
+class Mixture(LikelihoodFormula):
+    """The cross entropy and the probability of a wrong answer."""
+
+    cross_entropy: float
+    missed: float
+
+    def value(self, n: Tensor) -> Tensor:
+        return self.cross_entropy * n + self.missed * missed(n)
+
+    def slope(self, n: Tensor) -> Tensor:
+        return self.cross_entropy + self.missed * torch.exp(-n)
+
+
+def missed(n: Tensor) -> Tensor:
+    """``1 - p_t`` without cancellation."""
+    return -torch.expm1(-n)
+
+
+class _Evaluate(torch.autograd.Function):
+    """A formula on a map of which nothing but the map itself is kept for backward."""
+
+    @staticmethod
+    def forward(nll: Tensor, formula: LikelihoodFormula) -> Tensor:
+        return formula.value(nll)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        nll, ctx.formula = inputs
+        ctx.save_for_backward(nll)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (nll,) = ctx.saved_tensors
+        return ctx.formula.slope(nll) * grad, None
 
 
 @dataclass
@@ -132,15 +309,46 @@ class Pixels:
     def smooth(self) -> Tensor:
         return self.statistics.smooth
 
-    def weighted(self, values: Tensor) -> Tensor:
-        """Values times the weight of each pixel's class."""
-        return values if self.class_weight is None else values * self.class_weight
+    def of_labels(self, name: str, formula: LikelihoodFormula) -> Tensor:
+        """A formula on the likelihood of class indices."""
+        if self.batch.dense:
+            raise ValueError(f"{name!r} needs class indices; use 'ce'")
+        return _Evaluate.apply(self.nll, formula)
 
-    def reduce(self, loss: Tensor) -> Tensor:
-        """The losses of the pixels as the options ask: pixel weights and reduction."""
+    def weighted(self, values: Tensor, alpha: Tensor | None = None) -> Tensor:
+        """Values times the weight of each pixel's class, and times that class's alpha."""
+        factor = self.class_weight
+        if alpha is not None:
+            alpha = self.batch.per_class(alpha).expand(self.batch.logits.shape[1])
+            alpha = alpha[self.batch.labels()]
+            factor = alpha if factor is None else alpha * factor  # autograd keeps this alone
+        return values if factor is None else values * factor
+
+    def hardest(self, fraction: float, thresh: float | None) -> Tensor:
+        """Which pixels are the hardest ``fraction``, or less likely than ``thresh``."""
         weight = self.batch.weight
+        nll = self.nll.detach()
         if weight is not None:
-            weight = weight.squeeze(1)
+            nll = nll.masked_fill(weight.squeeze(1) == 0, -1)
+        rows = nll if self.per_image else nll.reshape(1, -1)
+        if not rows.shape[1]:
+            return torch.ones_like(nll, dtype=torch.bool)
+        # A number known without a look at the pixels, for which a device would have to wait.
+        count = math.ceil(fraction * rows.shape[1])
+        least = rows.topk(count, sorted=False).values.amin(1, keepdim=True)
+        if thresh is not None:
+            least = least.clamp(max=-math.log(thresh))
+        return nll >= least
+
+    def reduce(self, loss: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The losses of the pixels as the options ask: pixel weights and reduction.
+
+        ``kept`` tells which pixels count.
+        """
+        weight = self.batch.weight
+        weight = kept if weight is None else weight.squeeze(1)
+        if weight is not None:
+            weight = weight if kept is None else weight * kept
             loss = loss * weight
         if self.reduction == "none":
             return self.batch.pixels(loss)
@@ -208,3 +416,24 @@ class SoftmaxFocalLoss(PixelLoss):
     """Module form of :func:`softmax_focal_loss`."""
 
     function = staticmethod(softmax_focal_loss)
+
+
+@register("poly", "segmentation")
+class PolyCrossEntropyLoss(PixelLoss):
+    """Module form of :func:`poly_cross_entropy_loss`."""
+
+    function = staticmethod(poly_cross_entropy_loss)
+
+
+@register("symmetric_ce", "segmentation")
+class SymmetricCrossEntropyLoss(PixelLoss):
+    """Module form of :func:`symmetric_cross_entropy_loss`."""
+
+    function = staticmethod(symmetric_cross_entropy_loss)
+
+
+@register("ohem", "segmentation")
+class OHEMCrossEntropyLoss(PixelLoss):
+    """Module form of :func:`ohem_cross_entropy_loss`."""
+
+    function = staticmethod(ohem_cross_entropy_loss)

@@ -55,6 +55,88 @@ def focal(x: Tensor, y: Tensor, alpha: Tensor | float | None = 0.25, gamma: floa
     return loss if alpha is None else loss * (alpha * y + (1 - alpha) * (1 - y))
 
 
+def quality_focal(x: Tensor, y: Tensor, beta: float = 2) -> Tensor:
+    return (y - x.sigmoid()).abs() ** beta * bce(x, y)
+
+
+def varifocal(x: Tensor, y: Tensor, alpha: float = 0.75, gamma: float = 2) -> Tensor:
+    positive = (y > 0).to(x.dtype)
+    return bce(x, y) * (positive * y + (1 - positive) * alpha * x.sigmoid() ** gamma)
+
+
+def asymmetric(
+    x: Tensor, y: Tensor, gamma_neg: float = 4, gamma_pos: float = 0, margin: float = 0.05
+) -> Tensor:
+    p = x.sigmoid()
+    shifted = torch.where(p > margin, p - margin, 0)
+    positive = (1 - p) ** gamma_pos * F.logsigmoid(x)
+    negative = shifted**gamma_neg * torch.log1p(-shifted)
+    return -(y * positive + (1 - y) * negative)
+
+
+def poly_focal(
+    x: Tensor, y: Tensor, epsilon: float = 1, alpha: Tensor | float | None = 0.25, gamma: float = 2
+) -> Tensor:
+    one_minus_pt = y * torch.sigmoid(-x) + (1 - y) * torch.sigmoid(x)
+    rest = epsilon * one_minus_pt ** (gamma + 1)
+    if alpha is not None:
+        rest = rest * (alpha * y + (1 - alpha) * (1 - y))
+    return focal(x, y, alpha, gamma) + rest
+
+
+def ghm(x: Tensor, y: Tensor, weight: Tensor, bins: int = 30) -> Tensor:
+    """Of each entry, times its weight; entry after entry."""
+    sizes = (x.detach().sigmoid() - y).abs().flatten().tolist()
+    where = [min(int(size * bins), bins - 1) for size in sizes]
+    held = [0.0] * bins
+    for place, w in zip(where, weight.flatten().tolist(), strict=True):
+        held[place] += w
+    filled = sum(count > 0 for count in held)
+    each = [sum(held) / (filled * held[place]) if held[place] else 0.0 for place in where]
+    return torch.tensor(each, dtype=x.dtype).reshape(x.shape) * bce(x, y) * weight
+
+
+def likelihood(
+    formula: Callable[[Any], Any],
+    x: Tensor,
+    target: Tensor,
+    *,
+    alpha: list[float] | None = None,
+    fraction: float = 1.0,
+    thresh: float | None = None,
+    ignore_index: int | None = None,
+    class_weights: list[float] | None = None,
+    pixel_weight: Tensor | None = None,
+    per_image: bool = False,
+) -> Tensor:
+    """The mean of ``formula(p_t)`` over the pixels; of the hardest ``fraction`` where below 1."""
+    target = target.reshape(x.shape[0], *x.shape[2:])
+    images: list[list[tuple[Any, Any, Any]]] = []
+    for b in range(x.shape[0]):
+        found = []
+        for i, label in enumerate(target[b].flatten().tolist()):
+            w = 1.0 if pixel_weight is None else float(pixel_weight[b].flatten()[i])
+            if label == ignore_index or w == 0:
+                continue
+            p = x[b].reshape(x.shape[1], -1)[:, i].softmax(0)[label]
+            w = w if class_weights is None else w * class_weights[label]
+            found.append((p, w, w if alpha is None else w * alpha[label]))
+        images.append(found)
+    groups = images if per_image else [[pixel for found in images for pixel in found]]
+    means = []
+    for group in groups:
+        number = math.ceil(fraction * target.numel() / len(groups))
+        hardest = sorted(group, key=lambda pixel: float(pixel[0].detach()))
+        kept = [
+            pixel
+            for rank, pixel in enumerate(hardest)
+            if rank < number or (thresh is not None and pixel[0] < thresh)
+        ]
+        total = sum(factor * formula(p) for p, _, factor in kept)
+        means.append(total / sum(w for _, w, _ in kept) if kept else x.sum() * 0)
+    return torch.stack(means).mean()
+
+
 def cross_entropy(
     x: Tensor,
     target: Tensor,

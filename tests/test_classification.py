@@ -1,7 +1,8 @@
-"""Sigmoid losses: focal and bce in detection heads and on masks."""
+"""Sigmoid losses in detection heads and on masks."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,12 +12,38 @@ import torchvision
 from torch import Tensor
 
 import references
-from detseg_losses import binary_cross_entropy_loss, sigmoid_focal_loss
+from detseg_losses import (
+    asymmetric_loss,
+    binary_cross_entropy_loss,
+    class_balanced_weights,
+    ghm_loss,
+    poly_focal_loss,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    varifocal_loss,
+)
 from references import value_and_grad
 
 GAMMAS = (0, 0.5, 1, 1.5, 2, 3)
-LOSSES = {"focal": (sigmoid_focal_loss, references.focal)}
-LOSSES["bce"] = (binary_cross_entropy_loss, references.bce)
+LOSSES: dict[str, tuple[Any, Any]] = {
+    "focal": (sigmoid_focal_loss, references.focal),
+    "bce": (binary_cross_entropy_loss, references.bce),
+    "quality_focal": (quality_focal_loss, references.quality_focal),
+    "varifocal": (varifocal_loss, references.varifocal),
+    "asymmetric": (asymmetric_loss, references.asymmetric),
+    "poly_focal": (poly_focal_loss, references.poly_focal),
+}
+OPTIONS: list[tuple[str, dict[str, float]]] = [
+    *(("quality_focal", {"beta": beta}) for beta in GAMMAS),
+    *(("varifocal", {"alpha": 0.3, "gamma": gamma}) for gamma in GAMMAS),
+    *(("asymmetric", {"gamma_neg": gamma}) for gamma in GAMMAS),
+    *(("asymmetric", {"gamma_pos": gamma, "margin": 0.0}) for gamma in GAMMAS),
+    *(("asymmetric", {"gamma_neg": gamma, "margin": 0.0}) for gamma in GAMMAS),
+    ("asymmetric", {"gamma_neg": 0.5, "margin": 1e-3}),
+    ("asymmetric", {"margin": 1.0}),
+    *(("poly_focal", {"epsilon": -0.5, "alpha": 0.6, "gamma": gamma}) for gamma in GAMMAS),
+    ("poly_focal", {"epsilon": -1.0}),
+]
 
 
 def logits(*shape: int, seed: int = 0, spread: float = 3) -> Tensor:
@@ -143,6 +170,10 @@ def test_numbers_for_each_class(target: str) -> None:
         value_and_grad(references.focal, x, y, each),
     )
     assert_same(
+        value_and_grad(poly_focal_loss, x, given, alpha=numbers, reduction="none"),
+        value_and_grad(references.poly_focal, x, y, alpha=each),
+    )
+    assert_same(
         value_and_grad(binary_cross_entropy_loss, x, given, pos_weight=numbers, reduction="none"),
         value_and_grad(references.bce, x, y, each),
     )
@@ -163,6 +194,203 @@ def test_gamma_0_is_bce_and_the_sum_ignores_easy_anchors(name: str) -> None:
     more = torch.cat((x, torch.full((1000, 5), -60.0, dtype=x.dtype)))
     background = torch.cat((index, torch.full((1000,), -1)))
     assert_same(loss(more, background, reduction="sum"), loss(x, index, reduction="sum"))
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_options_of_each(name: str, options: dict[str, float]) -> None:
+    """On soft and hard targets, and on class indices."""
+    loss, reference = LOSSES[name]
+    x, index = logits(40, 5), indices(-1, 5, 40)
+    y = torch.stack([index == c for c in range(5)], -1).double()
+    soft = y * values(40, 5)
+    for target, dense in ((index, y), (y, y), (soft, soft)):
+        assert_same(
+            value_and_grad(loss, x, target, reduction="none", **options),
+            value_and_grad(reference, x, dense, **options),
+            rtol=1e-8,  # the reference's 1 - p cancels
+        )
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+@pytest.mark.parametrize("y", [0.0, 1e-3, 0.5, 1.0, "background", "class"])
+def test_extreme_logits(name: str, options: dict[str, float], y: Any) -> None:
+    """Finite, as in float64, with the right limits."""
+    loss, reference = LOSSES[name]
+    x = torch.tensor([-1e4, -100, -90, -50, -17, 0, 17, 50, 90, 100, 1e4])[:, None]
+    target = (
+        torch.full_like(x, y) if isinstance(y, float) else torch.full((11,), int(y[0] == "c") - 1)
+    )
+    value, grad = value_and_grad(loss, x, target, reduction="none", **options)
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+    assert (value >= -1e-6).all()  # at an epsilon of -1 two terms cancel
+    expected, slope = value_and_grad(loss, x.double(), target, reduction="none", **options)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), slope, rtol=1e-5, atol=1e-6)
+    number = y if isinstance(y, float) else float(y == "class")
+    inner = slice(4, 7)  # where 1 - p does not cancel in the reference
+    plain = reference(x.double()[inner], torch.full((3, 1), number).double(), **options)
+    torch.testing.assert_close(expected[inner], plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["quality_focal", "varifocal", "poly_focal"])
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("positive", [True, False])
+def test_each_is_accurate_relative_to_itself(name: str, dense: bool, positive: bool) -> None:
+    loss, reference = LOSSES[name]
+    x = torch.linspace(-20, 20, 4001)[:, None]
+    y = torch.full_like(x, float(positive))
+    target = y if dense else torch.full((4001,), int(positive) - 1)
+    value, grad = value_and_grad(loss, x, target, reduction="none")
+    exact, slope = value_and_grad(loss, x.double(), target, reduction="none")
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), slope, rtol=1e-5, atol=0)
+    assert_same(exact, reference(x.double(), y.double()), rtol=1e-6)
+
+
+def test_values_by_hand() -> None:
+    """At p = 1/2, where every cross entropy is log 2."""
+    x, ln2 = torch.zeros(1, dtype=torch.float64), math.log(2)
+
+    def at(loss: Any, y: float, **options: Any) -> float:
+        return float(loss(x, torch.full_like(x, y), **options))
+
+    assert at(quality_focal_loss, 0.25) == pytest.approx(ln2 / 16)
+    assert at(varifocal_loss, 0.25) == pytest.approx(0.25 * ln2)
+    assert at(varifocal_loss, 0) == pytest.approx(0.75 / 4 * ln2)
+    assert at(asymmetric_loss, 1) == pytest.approx(ln2)
+    assert at(asymmetric_loss, 0) == pytest.approx(-(0.45**4) * math.log(0.55))
+    assert at(poly_focal_loss, 1) == pytest.approx(0.25 * (ln2 / 4 + 1 / 8))
+    assert at(poly_focal_loss, 0, epsilon=2) == pytest.approx(0.75 * (ln2 / 4 + 2 / 8))
+
+
+def test_identities() -> None:
+    """What each loss is at special values of its options."""
+    x, index = logits(20, 5), indices(-1, 5, 20)
+    y = torch.stack([index == c for c in range(5)], -1).double()
+    soft = values(20, 5)
+    bce, focal = binary_cross_entropy_loss, sigmoid_focal_loss
+    plain: dict[str, Any] = {"alpha": None, "gamma": 1.5}
+    equal: list[tuple[Any, dict[str, Any], Any, dict[str, Any], tuple[Tensor, ...]]] = [
+        (quality_focal_loss, {"beta": 0}, bce, {}, (index, y, soft)),
+        (quality_focal_loss, {"beta": 1.5}, focal, plain, (index, y)),
+        (varifocal_loss, {"alpha": 1, "gamma": 0}, bce, {}, (index, y)),
+        (asymmetric_loss, {"gamma_neg": 0, "margin": 0}, bce, {}, (index, y, soft)),
+        (
+            asymmetric_loss,
+            {"gamma_neg": 1.5, "gamma_pos": 1.5, "margin": 0},
+            focal,
+            plain,
+            (index, y),
+        ),
+        (poly_focal_loss, {"epsilon": 0}, focal, {}, (index, y, soft)),
+        (ghm_loss, {"bins": 1}, bce, {}, (index, y, soft)),
+    ]
+    for loss, options, other, others, targets in equal:
+        for target in targets:
+            assert_same(
+                value_and_grad(loss, x, target, reduction="mean", **options),
+                value_and_grad(other, x, target, reduction="mean", **others),
+            )
+
+
+def test_quality_is_met_at_the_target() -> None:
+    """A soft target is where the loss is least: its slope is 0 there."""
+    y = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    for loss in (quality_focal_loss, varifocal_loss):
+        _, grad = value_and_grad(loss, y.logit(), y, reduction="sum")
+        torch.testing.assert_close(grad, torch.zeros_like(y), rtol=0, atol=1e-12)
+
+
+def test_asymmetric_margin() -> None:
+    """Negatives below it cost nothing and get no gradient, whatever gamma."""
+    x = torch.tensor([0.01, 0.05, 0.06]).logit()
+    for gamma in GAMMAS:
+        value, grad = value_and_grad(
+            asymmetric_loss, x, torch.zeros(3), gamma_neg=gamma, margin=0.055, reduction="none"
+        )
+        assert (value[:2] == 0).all()
+        assert (grad[:2] == 0).all()
+        assert value[2] > 0
+        assert grad[2] > 0
+
+
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "margin"), [(4, 1, 0.05), (2, 0, 0.2)])
+def test_equal_to_timm(gamma_neg: int, gamma_pos: int, margin: float) -> None:
+    timm_loss = pytest.importorskip("timm.loss")
+    peer = timm_loss.AsymmetricLossMultiLabel(gamma_neg, gamma_pos, margin)
+    x, y = logits(30, 4).float(), values(30, 4).round().float()
+    options: dict[str, Any] = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "margin": margin}
+
+    def rows(x: Tensor) -> Tensor:
+        """timm's reduction: the sum over the classes, the mean over the rows."""
+        return asymmetric_loss(x, y, reduction="sum", **options) / 30
+
+    torch.testing.assert_close(
+        value_and_grad(rows, x), value_and_grad(peer, x, y), rtol=1e-4, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("bins", [1, 4, 30])
+@pytest.mark.parametrize("target", ["index", "dense", "soft"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_ghm(target: str, bins: int, reduction: str) -> None:
+    """Rows left out are not counted, weights are."""
+    x, index = logits(40, 5), indices(-2, 5, 40)
+    y = torch.stack([index == c for c in range(5)], -1).double()
+    y = y * values(40, 5) if target == "soft" else y
+    rows = values(40, seed=5).round(decimals=1)
+    weight = torch.where(index == -2, 0, rows).unsqueeze(-1).expand(40, 5)
+    x[index == -2] = torch.nan
+
+    def expected(x: Tensor) -> Tensor:
+        each = references.ghm(torch.where(weight > 0, x, 0), y, weight, bins)
+        if reduction == "none":
+            return each
+        return each.sum() / (weight.sum() if reduction == "mean" else 1)
+
+    given, given_weight = (index, rows) if target == "index" else (y, weight)
+    got = value_and_grad(ghm_loss, x, given, weight=given_weight, bins=bins, reduction=reduction)
+    assert_same(got, value_and_grad(expected, x), rtol=1e-7)
+
+
+def test_ghm_by_hand() -> None:
+    """Three easy entries share the weight that one hard entry has alone; the mean weight is 1."""
+    x = torch.tensor([-4.0, -4.0, -4.0, 4.0], dtype=torch.float64)
+    y = torch.zeros_like(x)
+    got = ghm_loss(x, y, bins=10, reduction="none")
+    each = torch.tensor([4 / 6, 4 / 6, 4 / 6, 4 / 2], dtype=torch.float64)
+    assert_same(got, F.softplus(x) * each)
+    assert each.mean() == 1
+    assert_same(ghm_loss(x[:3], y[:3], bins=10), F.softplus(x[0]))  # all in one bin: bce
+    assert ghm_loss(torch.full((3,), torch.nan), y[:3].float()).isnan()
+    with torch.no_grad():
+        assert_same(ghm_loss(x, y, bins=10, reduction="none"), got)
+
+
+def test_class_balanced_weights() -> None:
+    """The formula of the paper, normalised; rare classes weigh more, absent ones nothing."""
+    counts = [1, 10, 1000, 10**9]
+    for beta in (0.0, 0.9, 0.999, 1 - 1e-9):
+        plain = [(1 - beta) / (1 - beta**n) for n in counts]
+        expected = torch.tensor([w * 4 / sum(plain) for w in plain])
+        got = class_balanced_weights(counts, beta)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
+        assert got.sum().item() == pytest.approx(4)
+        assert (got.diff() <= 0).all()
+    assert class_balanced_weights(counts, 0.0).tolist() == [1, 1, 1, 1]
+    nearly = class_balanced_weights([1, 2, 4], 1 - 1e-12)
+    torch.testing.assert_close(nearly, torch.tensor([4.0, 2, 1]) * 3 / 7, rtol=1e-4, atol=0)
+    assert class_balanced_weights(torch.tensor([5, 0, 5])).tolist() == [1.5, 0, 1.5]
+    weights = class_balanced_weights([5, 50, 500])
+    x, index = logits(9, 3), indices(-1, 3, 9)
+    assert binary_cross_entropy_loss(x, index, class_weights=weights).isfinite()
+    with pytest.raises(ValueError, match="beta must be in"):
+        class_balanced_weights(counts, 1.0)
+    with pytest.raises(ValueError, match="counts must be"):
+        class_balanced_weights([1, -1])
+    with pytest.raises(ValueError, match="counts must be"):
+        class_balanced_weights(torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -311,6 +539,26 @@ def test_binary_masks_without_a_channel() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sigmoid_focal_loss(logits(7, 5), indices(0, 5, 7), **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (quality_focal_loss, {"beta": -1}, "beta must not be negative"),
+        (varifocal_loss, {"alpha": -1}, "alpha must not be negative"),
+        (varifocal_loss, {"gamma": math.inf}, "gamma must not be negative or infinite"),
+        (asymmetric_loss, {"gamma_neg": -1}, "gamma_neg must not be negative"),
+        (asymmetric_loss, {"gamma_pos": math.nan}, "gamma_pos must not be negative"),
+        (asymmetric_loss, {"margin": 1.5}, "margin must be in"),
+        (poly_focal_loss, {"epsilon": -1.5}, "epsilon must not be below -1"),
+        (poly_focal_loss, {"alpha": 2}, "alpha must be in"),
+        (poly_focal_loss, {"gamma": -1}, "gamma must not be negative"),
+        (ghm_loss, {"bins": 0}, "bins must be 1 or more"),
+    ],
+)
+def test_bad_options_of_each(loss: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss(logits(7, 5), indices(0, 5, 7), **options)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ SPECS = [
     "softmax_focal",
     "focal(mode='multiclass')",
     "bce(mode='multiclass', per_image=True)",
+    "ghm(mode='multiclass', bins=8)",
     "ce + 0.5*dice",
     "bce(mode='multiclass') + dice(mode='multiclass')",
 ]

@@ -1,7 +1,9 @@
-"""Cross entropy and softmax focal loss."""
+"""Losses of the likelihood of each pixel."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import references
-from detseg_losses import cross_entropy_loss, softmax_focal_loss, statistics
+from detseg_losses import (
+    cross_entropy_loss,
+    ohem_cross_entropy_loss,
+    poly_cross_entropy_loss,
+    softmax_focal_loss,
+    statistics,
+    symmetric_cross_entropy_loss,
+)
 from references import value_and_grad
 
 WEIGHTS = [0.5, 1.0, 4.0]  # exact in float32
+LIKELIHOOD: list[tuple[Any, dict[str, Any], Callable[[Tensor], Tensor]]] = [
+    (softmax_focal_loss, {}, lambda p: -((1 - p) ** 2) * p.log()),
+    (softmax_focal_loss, {"alpha": 0.25, "gamma": 0.5}, lambda p: -((1 - p) ** 0.5) * p.log() / 4),
+    (poly_cross_entropy_loss, {}, lambda p: -p.log() + 1 - p),
+    (poly_cross_entropy_loss, {"epsilon": -0.5}, lambda p: -p.log() - (1 - p) / 2),
+    (symmetric_cross_entropy_loss, {}, lambda p: -0.1 * p.log() + 4 * (1 - p)),
+    (symmetric_cross_entropy_loss, {"alpha": 6, "beta": 0.5}, lambda p: -6 * p.log() + 2 - 2 * p),
+]
+OF_LIKELIHOOD = [softmax_focal_loss, poly_cross_entropy_loss, symmetric_cross_entropy_loss]
 
 
 def sample(*places: int, batch: int = 2, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -145,6 +163,180 @@ def test_softmax_focal(gamma: float) -> None:
         assert_same(got, value_and_grad(F.cross_entropy, x, y))
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("class_weights", [None, WEIGHTS])
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize(("loss", "own", "formula"), LIKELIHOOD)
+def test_formulas_of_the_likelihood(
+    loss: Any,
+    own: dict[str, Any],
+    formula: Any,
+    ignore_index: int | None,
+    class_weights: list[float] | None,
+    weighted: bool,
+    per_image: bool,
+) -> None:
+    x, y = sample(2, 3)
+    if ignore_index is not None:
+        y[0, 0] = ignore_index
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "class_weights": class_weights,
+        "pixel_weight": torch.linspace(0, 1, 12, dtype=x.dtype).reshape(2, 2, 3)
+        if weighted
+        else None,
+        "per_image": per_image,
+    }
+    assert_same(
+        value_and_grad(loss, x, y, **own, **options),
+        value_and_grad(lambda x: references.likelihood(formula, x, y, **options), x),
+    )
+
+
+@pytest.mark.parametrize("class_weights", [None, WEIGHTS])
+def test_alpha_of_each_class(class_weights: list[float] | None) -> None:
+    """Unlike class weights it is not divided by in a mean; in a sum they are the same."""
+    x, y = sample(2, 3)
+    y[0, 0] = 255
+    alpha = [0.25, 0.5, 2.0]
+    options: dict[str, Any] = {"ignore_index": 255, "class_weights": class_weights}
+
+    def expected(x: Tensor) -> Tensor:
+        def formula(p: Tensor) -> Tensor:
+            return -((1 - p) ** 2) * p.log()
+
+        return references.likelihood(formula, x, y, alpha=alpha, **options)
+
+    got = value_and_grad(softmax_focal_loss, x, y, alpha=alpha, **options)
+    assert_same(got, value_and_grad(expected, x))
+    tensor = torch.tensor(alpha)
+    assert_same(value_and_grad(softmax_focal_loss, x, y, alpha=tensor, **options), got)
+    assert_same(
+        softmax_focal_loss(x, y, alpha=torch.tensor(0.5), **options),
+        softmax_focal_loss(x, y, alpha=0.5, **options),
+    )
+    for reduction in ("none", "sum"):
+        assert_same(
+            softmax_focal_loss(x, y, alpha=WEIGHTS, ignore_index=255, reduction=reduction),
+            softmax_focal_loss(x, y, class_weights=WEIGHTS, ignore_index=255, reduction=reduction),
+        )
+
+
+def test_equal_to_kornia() -> None:
+    """In its sums; its mean is over the entries of the one-hot target."""
+    kornia = pytest.importorskip("kornia")
+    x, y = sample(4, 5)
+    for gamma in (0.5, 2.0):
+        assert_same(
+            value_and_grad(softmax_focal_loss, x, y, gamma=gamma, reduction="sum"),
+            value_and_grad(
+                kornia.losses.focal_loss, x, y, alpha=None, gamma=gamma, reduction="sum"
+            ),
+        )
+
+
+def test_identities() -> None:
+    """What each loss is at special values of its options."""
+    x, y = sample(4, 5)
+    expected = value_and_grad(cross_entropy_loss, x, y)
+    assert_same(value_and_grad(poly_cross_entropy_loss, x, y, epsilon=0), expected)
+    assert_same(value_and_grad(symmetric_cross_entropy_loss, x, y, alpha=1, beta=0), expected)
+    assert_same(value_and_grad(ohem_cross_entropy_loss, x, y, fraction=1), expected)
+    assert_same(value_and_grad(ohem_cross_entropy_loss, x, y, thresh=1), expected)
+    value, grad = value_and_grad(poly_cross_entropy_loss, x, y, epsilon=8)
+    assert_same(
+        value_and_grad(symmetric_cross_entropy_loss, x, y, alpha=0.5, beta=1),
+        (value / 2, grad / 2),
+    )
+
+
+def test_values_by_hand() -> None:
+    """At p_t = 1/2 and 1/4."""
+    x = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]], dtype=torch.float64).T[:, :, None]
+    x, y = x.transpose(0, 2), torch.zeros(1, 2, dtype=torch.long)
+    ln2 = math.log(2)
+    assert poly_cross_entropy_loss(x, y).item() == pytest.approx((ln2 + 0.5 + 2 * ln2 + 0.75) / 2)
+    got = symmetric_cross_entropy_loss(x, y, reduction="none")
+    assert got.tolist()[0] == pytest.approx([0.1 * ln2 + 2, 0.2 * ln2 + 3])
+    got = ohem_cross_entropy_loss(x, y, reduction="none", thresh=0.3)
+    assert got.tolist()[0] == pytest.approx([0, 2 * ln2])
+    assert ohem_cross_entropy_loss(x, y, thresh=0.3).item() == pytest.approx(2 * ln2)
+    assert ohem_cross_entropy_loss(x, y, thresh=0.6).item() == pytest.approx(1.5 * ln2)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("class_weights", [None, WEIGHTS])
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("thresh", [None, 0.2, 0.7])
+@pytest.mark.parametrize("fraction", [1e-6, 0.3, 0.9])
+def test_ohem(
+    fraction: float,
+    thresh: float | None,
+    ignore_index: int | None,
+    class_weights: list[float] | None,
+    weighted: bool,
+    per_image: bool,
+) -> None:
+    """The hardest pixels are chosen by likelihood, among those that count."""
+    x, y = sample(4, 5)
+    if ignore_index is not None:
+        y[0, :3] = ignore_index
+    weight = torch.linspace(0, 1, 40, dtype=x.dtype).reshape(2, 4, 5)
+    options: dict[str, Any] = {
+        "fraction": fraction,
+        "thresh": thresh,
+        "ignore_index": ignore_index,
+        "class_weights": class_weights,
+        "pixel_weight": weight if weighted else None,
+        "per_image": per_image,
+    }
+    assert_same(
+        value_and_grad(ohem_cross_entropy_loss, x, y, **options),
+        value_and_grad(lambda x: references.likelihood(lambda p: -p.log(), x, y, **options), x),
+    )
+
+
+def test_ohem_of_probabilities() -> None:
+    """A soft target has a cross entropy, too."""
+    x, _ = sample(4, 5)
+    y = probabilities(x)
+    each = F.cross_entropy(x, y, reduction="none").flatten()
+    got = ohem_cross_entropy_loss(x, y, mode="multiclass", fraction=0.25, thresh=None)
+    assert_same(got, each.sort(descending=True).values[:10].mean())
+
+
+def test_ohem_keeps_ties_and_never_what_is_left_out() -> None:
+    x, y = torch.zeros(1, 2, 6), torch.zeros(1, 6, dtype=torch.long)
+    y[0, :4] = 255
+    got = ohem_cross_entropy_loss(
+        x, y, ignore_index=255, fraction=1 / 6, thresh=None, reduction="none"
+    )
+    assert (got[0, :4] == 0).all()
+    assert (got[0, 4:] > 0).all()
+
+
+@pytest.mark.parametrize("scale", [50.0, 100.0, 1e4])
+@pytest.mark.parametrize("loss", OF_LIKELIHOOD)
+def test_formulas_of_logits_far_apart(loss: Any, scale: float) -> None:
+    """Finite gradients, and gradients of gradients, where the class is sure or impossible."""
+    x = torch.tensor([[0.0, scale, -scale], [scale, 0.0, -scale]], requires_grad=True)
+    value = loss(
+        x,
+        torch.tensor([2, 0]),
+        reduction="none",
+        **({"gamma": 0.5} if loss is softmax_focal_loss else {}),
+    )
+    each = {softmax_focal_loss: (1, 0), poly_cross_entropy_loss: (1, 1)}.get(loss, (0.1, 4))
+    assert_same(value, torch.tensor([each[0] * 2 * scale + each[1], 0.0]), rtol=1e-6)
+    (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    slope = each[0] * torch.tensor([[0.0, 1, -1], [0, 0, 0]])
+    torch.testing.assert_close(grad, slope, rtol=1e-6, atol=1e-9)
+    (second,) = torch.autograd.grad(grad.pow(2).sum(), x)
+    assert second.isfinite().all()
+
+
 @pytest.mark.parametrize("gamma", [0, 0.5, 1, 2])
 @pytest.mark.parametrize("scale", [50.0, 100.0, 1e4])
 @pytest.mark.parametrize("loss", ["ce", "softmax_focal"])
@@ -172,7 +364,7 @@ def test_softmax_focal_in_float32_where_the_class_is_nearly_sure() -> None:
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("function", [cross_entropy_loss, softmax_focal_loss])
+@pytest.mark.parametrize("function", [cross_entropy_loss, *OF_LIKELIHOOD])
 def test_ignored_pixels(function: Any) -> None:
     """They change nothing, get no gradient, and may hold anything."""
     x, y = sample(4, 5)
@@ -247,11 +439,29 @@ def test_errors(x: tuple[int, ...], y: Tensor, options: dict[str, Any], message:
         cross_entropy_loss(torch.zeros(x), y, **options)
 
 
-def test_softmax_focal_needs_labels() -> None:
+@pytest.mark.parametrize("loss", OF_LIKELIHOOD)
+def test_formulas_of_the_likelihood_need_labels(loss: Any) -> None:
     x = torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match="class indices"):
-        softmax_focal_loss(x, x.softmax(1), mode="multiclass")
-    with pytest.raises(ValueError, match="gamma"):
-        softmax_focal_loss(x, torch.zeros(2, 4, dtype=torch.long), gamma=-1)
+        loss(x, x.softmax(1), mode="multiclass")
     with pytest.raises(TypeError, match="target is missing"):
-        cross_entropy_loss(x)
+        loss(x)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (softmax_focal_loss, {"gamma": -1}, "gamma must not be negative"),
+        (softmax_focal_loss, {"alpha": -1}, "alpha must not be negative"),
+        (softmax_focal_loss, {"alpha": [1.0, 2.0]}, r"\(2,\) for 3 classes"),
+        (poly_cross_entropy_loss, {"epsilon": -1.5}, "epsilon must not be below -1"),
+        (poly_cross_entropy_loss, {"epsilon": math.inf}, "epsilon must not be below -1"),
+        (symmetric_cross_entropy_loss, {"alpha": -1}, "alpha must not be negative"),
+        (symmetric_cross_entropy_loss, {"beta": math.nan}, "beta must not be negative"),
+        (ohem_cross_entropy_loss, {"fraction": 0}, r"fraction must be in \(0, 1\]"),
+        (ohem_cross_entropy_loss, {"thresh": 1.5}, r"thresh must be in \(0, 1\]"),
+    ],
+)
+def test_bad_options_of_each(loss: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), **options)

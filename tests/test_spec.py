@@ -88,7 +88,7 @@ def test_repr_keeps_every_digit(weight: str) -> None:
         ("focall", 1, "no loss 'focall'; did you mean 'focal'?"),
         ("ce + dicee", 6, "no loss 'dicee'; did you mean 'dice'?"),
         ("0.5*ce + 2*tverski", 12, "did you mean 'tversky'?"),
-        ("zzz", 1, "; there are "),
+        ("zzz", 1, "no loss 'zzz'; there are "),
         ("dice(smoth=1)", 6, "dice has no option 'smoth'; did you mean 'smooth'?"),
         ("ce + l1(gamma=1)", 9, "l1 has no option 'gamma'; there are reduction"),
         ("ce(0.1)", 4, "options are given as name=value"),
