@@ -1,6 +1,7 @@
 """Dense-prediction losses for detection and segmentation, and the strings that name them."""
 
-from .base import LOSSES, Loss
+from .balance import GradNorm
+from .base import LOSSES, Loss, Ramp
 from .boxes import (
     CIoULoss,
     DIoULoss,
@@ -43,11 +44,13 @@ __all__ = [
     "DiceLoss",
     "FocalTverskyLoss",
     "GIoULoss",
+    "GradNorm",
     "IoULoss",
     "JaccardLoss",
     "L1Loss",
     "Loss",
     "LossSum",
+    "Ramp",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftmaxFocalLoss",
