@@ -78,12 +78,15 @@ class GradNorm:
 
         Args:
             terms: the weighted value of each term, attached to the graph, as
-                :meth:`LossSum.compute` returns them; others are disregarded.
+                :meth:`LossSum.compute` or an SMP model returns them; others are disregarded. A
+                RetinaNet returns one value a role: of ``"giou + focal"`` give ``{"focal":
+                losses["classification"], "giou": losses["bbox_regression"]}``.
 
         Raises:
             ValueError: where a term does not depend on the parameters.
         """
         buffers: dict[str, Any] = self.loss._buffers
+        count = len(self.loss.names)
         norms = torch.stack([self._norm(name, terms[name]) for name in self.loss.names])
         values = torch.stack([terms[name].detach().float() for name in self.loss.names])
         norms, values = world_sum(torch.stack((norms, values)), sync=True) / processes(sync=True)
@@ -95,7 +98,7 @@ class GradNorm:
         goal = norms.mean() * divide(progress, progress.mean()).pow(self.alpha)
         slope = divide((norms - goal).sign() * norms, norms.mean())
         new = old * torch.exp(-self.lr * slope)
-        new = new * (len(new) / new.sum())
+        new = new * (count / new.sum())
 
         # A step that overflowed in half precision must not be remembered. And these are new
         # tensors, for the backward pass to come needs the old ones.

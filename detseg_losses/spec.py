@@ -211,10 +211,13 @@ class LossSum(nn.Module):
 
     Raises:
         SpecError: where a term cannot be given ``kind``, or has ``reduction="none"`` beside others.
+        ValueError: on a weight of another type.
     """
 
+    ramped: Tensor
+    """The weights that are on a ramp in this step, ``(T,)``; None where there are none."""
     scales: Tensor | None
-    """What the terms are multiplied by besides their numbers, ``(T,)``: ramps, GradNorm."""
+    """What :class:`GradNorm` multiplies the weights by, ``(T,)``."""
 
     def __init__(self, terms: Sequence[tuple[Weight, Loss]], kind: Kind | None = None) -> None:
         super().__init__()
@@ -230,7 +233,10 @@ class LossSum(nn.Module):
                 self.register_parameter(_LEARNED + name, nn.Parameter(torch.zeros(())))
             elif not isinstance(weight, (int, float, Ramp)):
                 raise ValueError(f"a weight is a number, a Ramp or 'learned', not {weight!r}")
-        self.register_buffer("scales", self._ramped(), persistent=False)
+        on_ramp = any(isinstance(weight, Ramp) for weight in self.weights)
+        # Tensors, for a number that changes would compile a compiled loss anew.
+        self.register_buffer("ramped", self._ramped() if on_ramp else None, persistent=False)
+        self.register_buffer("scales", None)
         if len(terms) > 1 and any(loss.options["reduction"] == "none" for _, loss in terms):
             raise SpecError(f"{self!r}: reduction='none' has no meaning in a sum")
         shared = set.intersection(*(set(loss.kinds) for _, loss in terms))
@@ -281,8 +287,9 @@ class LossSum(nn.Module):
         weight = self.weights[index]
         if isinstance(weight, str):
             return torch.exp(-getattr(self, _LEARNED + name))
-        factor = 1.0 if isinstance(weight, Ramp) else weight
-        return factor if self.scales is None else self.scales[index] * factor
+        if isinstance(weight, Ramp):
+            return self.ramped[index]
+        return weight if self.scales is None else self.scales[index] * weight
 
     def advance(self) -> None:
         """Count an optimizer step: ramps go on. To be called once after each of them."""
@@ -292,21 +299,17 @@ class LossSum(nn.Module):
         self.step = step
         for loss in self.terms:
             loss.step = step
-        ramped = self._ramped()
-        if ramped is not None and self.scales is not None:
+        if self.ramped is not None:
             # A new tensor, for a backward pass may need the old one.
-            self.scales = ramped.to(self.scales.device, non_blocking=True)
+            self.ramped = self._ramped().to(self.ramped.device, non_blocking=True)
 
-    def _ramped(self) -> Tensor | None:
-        """The weights that are on a ramp, in this step."""
-        if not any(isinstance(weight, Ramp) for weight in self.weights):
-            return None
-        return torch.tensor([w.at(self.step) if isinstance(w, Ramp) else 1.0 for w in self.weights])
+    def _ramped(self) -> Tensor:
+        return torch.tensor([w.at(self.step) if isinstance(w, Ramp) else 0.0 for w in self.weights])
 
     @property
     def _counts(self) -> bool:
         """Whether the value depends on the step."""
-        return any(isinstance(w, Ramp) for w in self.weights) or any(t.ramps for t in self.terms)
+        return self.ramped is not None or any(loss.ramps for loss in self.terms)
 
     def adapt(self, model: nn.Module) -> LossSum:
         """Get ready to be a part of a model: go to its device, leave its ``state_dict`` alone."""
@@ -381,7 +384,7 @@ class CEDiceLoss(LossSum):
     """Cross entropy plus Dice in one pass: ``build_loss("ce + dice")`` by its usual name.
 
     Args:
-        ce_weight: weight of the cross entropy.
+        ce_weight: weight of the cross entropy, see :class:`LossSum`.
         dice_weight: weight of the Dice loss.
         **options: options of :func:`cross_entropy_loss`, :func:`dice_loss`, or both.
 
@@ -389,7 +392,7 @@ class CEDiceLoss(LossSum):
         TypeError: on an option that neither loss has.
     """
 
-    def __init__(self, ce_weight: float = 1.0, dice_weight: float = 1.0, **options: Any) -> None:
+    def __init__(self, ce_weight: Weight = 1.0, dice_weight: Weight = 1.0, **options: Any) -> None:
         ce, dice = LOSSES["ce"], LOSSES["dice"]
         ce_options = {key: value for key, value in options.items() if key in ce.defaults()}
         dice_options = {
@@ -397,7 +400,10 @@ class CEDiceLoss(LossSum):
             for key, value in options.items()
             if key in dice.defaults() or key not in ce_options
         }
-        terms = [(ce_weight, ce(**ce_options)), (dice_weight, dice(**dice_options))]
+        terms: list[tuple[Weight, Loss]] = [
+            (ce_weight, ce(**ce_options)),
+            (dice_weight, dice(**dice_options)),
+        ]
         super().__init__(terms, "segmentation")
 
 
