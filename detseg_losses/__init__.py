@@ -1,8 +1,12 @@
 """Dense-prediction losses for detection and segmentation, and the strings that name them."""
 
+from .balance import (
+    GradNorm,
+)
 from .base import (
     LOSSES,
     Loss,
+    Ramp,
     class_balanced_weights,
 )
 from .boxes import (
@@ -112,6 +116,7 @@ __all__ = [
     "FocalTverskyLoss",
     "GHMLoss",
     "GIoULoss",
+    "GradNorm",
     "HuberLoss",
     "IoULoss",
     "JaccardLoss",
@@ -126,6 +131,7 @@ __all__ = [
     "PolyCrossEntropyLoss",
     "PolyFocalLoss",
     "QualityFocalLoss",
+    "Ramp",
     "SIoULoss",
     "SigmoidFocalLoss",
     "SmoothL1Loss",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
@@ -20,6 +21,62 @@ Reduction = Literal["none", "mean", "sum"]
 BLOCK = 1 << 18
 
 
+Curve = Literal["linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Ramp:
+    r"""A number that changes in training: the weight of a term, or an option of a loss.
+
+    .. math:: a + (b - a) f\left(\frac{t - t_0}{T}\right), \quad
+        f(x) = x \ \text{or}\ \tfrac{1}{2} (1 - \cos \pi x)
+
+    with x kept between 0 and 1. In a loss string it is written ``ramp(1, 0.01, steps=1000)``. As a
+    weight it lets one loss take over from another, as the boundary loss does from Dice (Kervadec
+    et al., arXiv:1812.07032); as an option it makes a curriculum: with
+    ``focal(gamma=ramp(0, 2, steps=1000))`` every example counts at first, and the hard ones later.
+
+    Args:
+        start: the number a at the beginning.
+        end: the number b at the end, and from then on.
+        steps: how many steps T lie between; :meth:`LossSum.advance` counts them.
+        after: how many steps t0 come before.
+        curve: ``"linear"``, or ``"cosine"``, which sets out and arrives gently.
+
+    Raises:
+        ValueError: on numbers that are not finite, or steps that are not whole numbers.
+    """
+
+    start: float
+    end: float
+    steps: int
+    after: int = 0
+    curve: Curve = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value!r}")
+        for name, least in (("steps", 1), ("after", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
+        check_choice("curve", self.curve, Curve)
+
+    def at(self, step: int) -> float:
+        """The number in a step, the first of which is 0."""
+        x = min(max(step - self.after, 0) / self.steps, 1.0)
+        if self.curve == "cosine":
+            x = (1 - math.cos(math.pi * x)) / 2
+        return self.start * (1 - x) + self.end * x  # exact at both ends
+
+    def __repr__(self) -> str:
+        after = f", after={self.after}" if self.after else ""
+        curve = f", curve={self.curve!r}" if self.curve != "linear" else ""
+        return f"ramp({self.start!r}, {self.end!r}, steps={self.steps}{after}{curve})"
+
+
 class Loss(nn.Module):
     """A loss function together with its options, as a module.
 
@@ -27,8 +84,11 @@ class Loss(nn.Module):
     the module, with the same defaults except ``reduction``, which is ``"mean"``. ``repr(loss)``
     is a loss string that :func:`detseg_losses.build_loss` reads back.
 
+    A number among the options may be a :class:`Ramp`; ``step`` then says how far training is. A
+    compiled loss is compiled anew for each value of such an option.
+
     Raises:
-        TypeError: on an option that the function does not have.
+        TypeError: on an option that the function does not have, or that cannot be on a ramp.
     """
 
     name: ClassVar[str]
@@ -49,12 +109,16 @@ class Loss(nn.Module):
                 )
             if option == "reduction":
                 check_choice("reduction", value, Reduction)
+            if isinstance(value, Ramp) and type(self.known[option]) is not float:
+                raise TypeError(f"{option!r} of {self.name} cannot be on a ramp, only a number can")
             if isinstance(value, (list, tuple, Tensor)):
                 # A buffer follows the module to its device; not persistent, so that an adapted
                 # model keeps the keys of its state_dict.
                 value = torch.as_tensor(value, dtype=torch.float32)
                 self.register_buffer(option, value, persistent=False)
         self.given = {k: v for k, v in options.items() if k not in self._buffers}
+        self.ramps = {k: v for k, v in options.items() if isinstance(v, Ramp)}
+        self.step = 0
 
     @classmethod
     @cache
@@ -72,8 +136,9 @@ class Loss(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option with its value in this module."""
-        return self.known | self.given | dict(self.named_buffers(recurse=False))
+        """Every option with its value in this module, and in this step."""
+        now = {option: ramp.at(self.step) for option, ramp in self.ramps.items()}
+        return self.known | self.given | now | dict(self.named_buffers(recurse=False))
 
     def forward(self, prediction: Any, target: Tensor | None = None, **call: Any) -> Tensor:
         """The loss; ``call`` holds weights of this batch and may override the options."""
@@ -81,7 +146,7 @@ class Loss(nn.Module):
 
     def __repr__(self) -> str:
         arguments = []
-        for option, value in self.options.items():
+        for option, value in (self.options | self.ramps).items():
             if isinstance(value, Tensor):
                 arguments.append(f"{option}={value.tolist()}")
             elif value != self.known[option]:

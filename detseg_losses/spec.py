@@ -5,16 +5,22 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .base import LOSSES, Kind, Loss, check_choice
+from .base import LOSSES, Kind, Loss, Ramp, check_choice
 from .statistics import statistics
+
+Weight = float | Ramp | Literal["learned"]
+
+_LEARNED = "log_variance_"
+"""What the parameter of a learned weight is called, before the name of its term."""
 
 
 class SpecError(ValueError):
@@ -25,7 +31,9 @@ def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
     """Make the loss that a string describes.
 
     A string is ``term + term + ...``, a term ``[weight *] name [(option=literal, ...)]``, the name
-    one of :data:`LOSSES`. It is parsed, never evaluated.
+    one of :data:`LOSSES`. A weight is a number, ``ramp(...)`` or ``learned``, see
+    :class:`LossSum`; an option that is a number may be a ``ramp(...)``, too. The string is parsed,
+    never evaluated.
 
     Args:
         spec: the loss string.
@@ -64,14 +72,10 @@ def _summands(node: ast.expr) -> Iterator[ast.expr]:
         yield node
 
 
-def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, Loss]:
-    weight = 1.0
+def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[Weight, Loss]:
+    weight: Weight = 1.0
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        if not (isinstance(node.left, ast.Constant) and type(node.left.value) in (int, float)):
-            raise _error(spec, node.left.col_offset + 1, "a weight is a number, as in '0.5*l1'")
-        weight = float(ast.literal_eval(node.left))
-        if not math.isfinite(weight):
-            raise _error(spec, node.col_offset + 1, "a weight is a finite number")
+        weight = _weight(node.left, spec)
         node = node.right
     call = node
     keywords = []
@@ -96,8 +100,10 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[float, L
         options[keyword.arg] = _literal(keyword, spec)
     try:
         loss = cls(**{k: v for k, v in defaults.items() if k in known} | options)
-        # A value that the function refuses shows here and not in the first step.
-        loss(*_smallest_input(loss), **({"sync": False} if "sync" in known else {}))
+        # A value that the function refuses shows here and not in some step.
+        for step in (*(ramp.after + ramp.steps for ramp in loss.ramps.values()), 0):
+            loss.step = step
+            loss(*_smallest_input(loss), **({"sync": False} if "sync" in known else {}))
     except (ValueError, TypeError) as error:
         raise _error(spec, call.col_offset + 1, f"{call.id}: {error}") from None
     return weight, loss
@@ -115,14 +121,50 @@ def _smallest_input(loss: Loss) -> tuple[Tensor, Tensor]:
     return logits, torch.zeros_like(logits) if mode == "multilabel" else torch.zeros(1).long()
 
 
+def _weight(node: ast.expr, spec: str) -> Weight:
+    if isinstance(node, ast.Name) and node.id == "learned":
+        return "learned"
+    if _is_ramp(node):
+        return _ramp(node, spec)
+    if not (isinstance(node, ast.Constant) and type(node.value) in (int, float)):
+        message = "a weight is a number, as in '0.5*l1', or ramp(...), or learned"
+        raise _error(spec, node.col_offset + 1, message)
+    weight = float(ast.literal_eval(node))
+    if not math.isfinite(weight):
+        raise _error(spec, node.col_offset + 1, "a weight is a finite number")
+    return weight
+
+
+def _is_ramp(node: ast.expr) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ramp"
+
+
+def _ramp(node: ast.Call, spec: str) -> Ramp:
+    form = "a ramp is written 'ramp(1, 0.01, steps=1000)', also with after=0, curve='cosine'"
+    try:
+        numbers = [ast.literal_eval(argument) for argument in node.args]
+        options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        inspect.signature(Ramp).bind(*numbers, **options)
+    except (ValueError, TypeError):
+        raise _error(spec, node.col_offset + 1, form) from None
+    try:
+        return Ramp(*numbers, **options)
+    except ValueError as error:
+        raise _error(spec, node.col_offset + 1, f"ramp: {error}") from None
+
+
 def _literal(keyword: ast.keyword, spec: str) -> Any:
+    if _is_ramp(keyword.value):
+        return _ramp(keyword.value, spec)
     try:
         value = ast.literal_eval(keyword.value)
     except (ValueError, TypeError):
         value = ...
     if value is None or isinstance(value, (int, float, str, list)):
         return value
-    message = f"the value of {keyword.arg!r} is not a number, string, True, False, None or list"
+    message = (
+        f"the value of {keyword.arg!r} is not a number, string, True, False, None, list or ramp"
+    )
     raise _error(spec, keyword.value.col_offset + 1, message)
 
 
@@ -137,10 +179,34 @@ def _error(spec: str, column: int, message: str) -> SpecError:
 
 
 class LossSum(nn.Module):
-    """A weighted sum of losses; those of one kind of input are computed in one pass.
+    r"""A weighted sum of losses; those of one kind of input are computed in one pass.
 
     After a call ``values`` holds the weighted value of each term, detached; they sum to the
     result.
+
+    A weight is one of
+
+    - a number;
+    - a :class:`Ramp` over the optimizer steps. :meth:`advance` counts them, a call does not, so
+      that neither evaluation nor an accumulated part of a batch is a step;
+    - ``"learned"``: with the other learned terms by their homoscedastic uncertainty (Kendall, Gal
+      and Cipolla, arXiv:1705.07115). The term is
+
+      .. math:: e^{-s} L + s, \quad s = \log \sigma^2
+
+      with s a parameter of this module, at first 0. That is twice what the paper has for a
+      Gaussian likelihood, :math:`\tfrac{1}{2} (e^{-s} L + s)`; for a softmax it has
+      :math:`e^{-s} L + \tfrac{1}{2} s`, which is the same but for the scale of L. Where s follows
+      a constant L the weight is 1 / L. The term can be negative.
+
+    or what :class:`GradNorm` makes of it. An optimizer finds the learned parameters among
+    ``parameters()``, of an adapted model, too, if it is made after the losses were put in; they
+    want no weight decay. ``state_dict()`` holds what a run needs to go on: the parameters, the step
+    where there is a ramp, the state of GradNorm. As part of an adapted model a sum adds nothing to
+    the model's ``state_dict``, so that it keeps its keys: save ``loss.state_dict()`` beside it.
+
+    DistributedDataParallel averages the gradients of learned weights inside of the model that it
+    wraps, an adapted one. A criterion of its own that has any is to be wrapped, too.
 
     Args:
         terms: the weights and losses.
@@ -148,14 +214,32 @@ class LossSum(nn.Module):
 
     Raises:
         SpecError: where a term cannot be given ``kind``, or has ``reduction="none"`` beside others.
+        ValueError: on a weight of another type.
     """
 
-    def __init__(self, terms: Sequence[tuple[float, Loss]], kind: Kind | None = None) -> None:
+    ramped: Tensor
+    """The weights that are on a ramp in this step, ``(T,)``; None where there are none."""
+    scales: Tensor | None
+    """What :class:`GradNorm` multiplies the weights by, ``(T,)``."""
+
+    def __init__(self, terms: Sequence[tuple[Weight, Loss]], kind: Kind | None = None) -> None:
         super().__init__()
         self.weights = [weight for weight, _ in terms]
         self.terms: Any = nn.ModuleList(loss for _, loss in terms)
         self.names = _unique([loss.name for _, loss in terms])
         self.values: dict[str, Tensor] = {}
+        self.step = 0
+        self.adapted = False
+        for name, weight in zip(self.names, self.weights, strict=True):
+            if weight == "learned":
+                # On this module and not a child's, which would enter it in every state_dict.
+                self.register_parameter(_LEARNED + name, nn.Parameter(torch.zeros(())))
+            elif not isinstance(weight, (int, float, Ramp)):
+                raise ValueError(f"a weight is a number, a Ramp or 'learned', not {weight!r}")
+        on_ramp = any(isinstance(weight, Ramp) for weight in self.weights)
+        # Tensors, for a number that changes would compile a compiled loss anew.
+        self.register_buffer("ramped", self._ramped() if on_ramp else None, persistent=False)
+        self.register_buffer("scales", None)
         if len(terms) > 1 and any(loss.options["reduction"] == "none" for _, loss in terms):
             raise SpecError(f"{self!r}: reduction='none' has no meaning in a sum")
         shared = set.intersection(*(set(loss.kinds) for _, loss in terms))
@@ -189,10 +273,80 @@ class LossSum(nn.Module):
             if index not in results:
                 results[index] = loss(prediction, target, **call)
         values = {
-            name: results[index] * weight for index, (name, weight, _) in enumerate(self.items())
+            name: self.weighted(name, results[index]) for index, name in enumerate(self.names)
         }
         self.values = {name: value.detach() for name, value in values.items()}
         return values
+
+    def weighted(self, name: str, value: Tensor) -> Tensor:
+        """A term's part of the sum, from the value of its loss."""
+        value = value * self.factor(name)
+        log_variance = self._parameters.get(_LEARNED + name)
+        return value if log_variance is None else value + log_variance
+
+    def factor(self, name: str) -> Tensor | float:
+        """What the loss of a term is multiplied by in this step; every weight is looked up here."""
+        index = self.names.index(name)
+        weight = self.weights[index]
+        if isinstance(weight, str):
+            return torch.exp(-getattr(self, _LEARNED + name))
+        if isinstance(weight, Ramp):
+            return self.ramped[index]
+        return weight if self.scales is None else self.scales[index] * weight
+
+    def advance(self) -> None:
+        """Count an optimizer step: ramps go on. To be called once after each of them."""
+        self._set_step(self.step + 1)
+
+    def _set_step(self, step: int) -> None:
+        self.step = step
+        for loss in self.terms:
+            loss.step = step
+        if self.ramped is not None:
+            # A new tensor, for a backward pass may need the old one.
+            self.ramped = self._ramped().to(self.ramped.device, non_blocking=True)
+
+    def _ramped(self) -> Tensor:
+        return torch.tensor([w.at(self.step) if isinstance(w, Ramp) else 0.0 for w in self.weights])
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the value depends on the step."""
+        return self.ramped is not None or any(loss.ramps for loss in self.terms)
+
+    def adapt(self, model: nn.Module) -> LossSum:
+        """Get ready to be a part of a model: go to its device, leave its ``state_dict`` alone."""
+        self.adapted = True
+        return self.to(next(model.parameters()).device)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.adapted and prefix:
+            return
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._counts:
+            destination[f"{prefix}step"] = torch.tensor(self.step)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        if self.adapted and prefix:
+            return
+        if self._counts:
+            # Taken out, for as a number it is not among the tensors that torch expects.
+            step = state_dict.pop(f"{prefix}step", None)
+            if step is not None:
+                self._set_step(int(step))
+            elif strict:
+                missing_keys.append(f"{prefix}step")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
 
     def check_classes(self, classes: int) -> None:
         """Raise a SpecError on a term whose weights are not one number or one for each class."""
@@ -203,8 +357,8 @@ class LossSum(nn.Module):
                         f"{name!r} has {weights.numel()} {option}, and the model {classes} classes"
                     )
 
-    def items(self) -> Iterator[tuple[str, float, Loss]]:
-        """Name, weight and loss of each term."""
+    def items(self) -> Iterator[tuple[str, Weight, Loss]]:
+        """Name, weight as it was stated, and loss of each term; see :meth:`weighted`."""
         return zip(self.names, self.weights, self.terms, strict=True)
 
     def _groups(self) -> list[list[int]]:
@@ -225,8 +379,7 @@ class LossSum(nn.Module):
 
     def __repr__(self) -> str:
         return " + ".join(
-            repr(loss) if weight == 1 else f"{weight!r}*{loss!r}"
-            for _, weight, loss in self.items()
+            repr(loss) if weight == 1 else f"{weight}*{loss!r}" for _, weight, loss in self.items()
         )
 
 
@@ -234,7 +387,7 @@ class CEDiceLoss(LossSum):
     """Cross entropy plus Dice in one pass: ``build_loss("ce + dice")`` by its usual name.
 
     Args:
-        ce_weight: weight of the cross entropy.
+        ce_weight: weight of the cross entropy, see :class:`LossSum`.
         dice_weight: weight of the Dice loss.
         **options: options of :func:`cross_entropy_loss`, :func:`dice_loss`, or both.
 
@@ -242,7 +395,7 @@ class CEDiceLoss(LossSum):
         TypeError: on an option that neither loss has.
     """
 
-    def __init__(self, ce_weight: float = 1.0, dice_weight: float = 1.0, **options: Any) -> None:
+    def __init__(self, ce_weight: Weight = 1.0, dice_weight: Weight = 1.0, **options: Any) -> None:
         ce, dice = LOSSES["ce"], LOSSES["dice"]
         ce_options = {key: value for key, value in options.items() if key in ce.defaults()}
         dice_options = {
@@ -250,7 +403,10 @@ class CEDiceLoss(LossSum):
             for key, value in options.items()
             if key in dice.defaults() or key not in ce_options
         }
-        terms = [(ce_weight, ce(**ce_options)), (dice_weight, dice(**dice_options))]
+        terms: list[tuple[Weight, Loss]] = [
+            (ce_weight, ce(**ce_options)),
+            (dice_weight, dice(**dice_options)),
+        ]
         super().__init__(terms, "segmentation")
 
 

@@ -87,7 +87,7 @@ def use_losses(
     loss = build_loss(spec, kind="segmentation", mode=mode, ignore_index=ignore_index, **defaults)
     _check_fit(loss, model)
     restore_losses(model)
-    model.loss = loss
+    model.loss = loss.adapt(model)
     model._loss_hooks = (
         model.register_forward_pre_hook(_take_targets, with_kwargs=True),
         model.register_forward_hook(_give_losses),

@@ -74,7 +74,7 @@ def use_losses(model: RetinaNet, spec: str, *, normalizer: Normalizer = "image")
             )
     loss.check_classes(model.head.classification_head.num_classes)
     restore_losses(model)
-    model.head = RetinaNetLossHead(model.head, loss, normalizer)
+    model.head = RetinaNetLossHead(model.head, loss.adapt(model), normalizer)
     return model
 
 
@@ -141,10 +141,10 @@ class RetinaNetLossHead(RetinaNetHead):
             values[name] = value.detach()
 
         labels = torch.where(foreground, _of_matches("labels", targets, matched_idxs), matched)
-        for name, weight, term in self._terms("classification"):
+        for name, term in self._terms("classification"):
             logits = head_outputs["cls_logits"]
             value = term(logits, labels, weight=factor, reduction="sum")
-            add("classification", name, value * weight)
+            add("classification", name, self.loss.weighted(name, value))
         if "classification" not in totals:
             totals["classification"] = self.stock.classification_head.compute_loss(
                 targets, head_outputs, matched_idxs
@@ -158,12 +158,12 @@ class RetinaNetLossHead(RetinaNetHead):
         boxes = _of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
         boxes = torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor)
         coder: BoxCoder = self.stock.regression_head.box_coder
-        for name, weight, term in self._terms("bbox_regression"):
+        for name, term in self._terms("bbox_regression"):
             if "boxes" in term.kinds:
                 value = term(coder.decode_single(deltas, anchor), boxes, reduction="none")
             else:
                 value = term(deltas, coder.encode_single(boxes, anchor), reduction="none").sum(-1)
-            add("bbox_regression", name, (value * factors).sum() * weight)
+            add("bbox_regression", name, self.loss.weighted(name, (value * factors).sum()))
         if "bbox_regression" not in totals:
             totals["bbox_regression"] = self.stock.regression_head.compute_loss(
                 targets, head_outputs, anchors, matched_idxs
@@ -171,8 +171,8 @@ class RetinaNetLossHead(RetinaNetHead):
         self.loss.values = values
         return totals
 
-    def _terms(self, role: str) -> list[tuple[str, float, Loss]]:
-        return [item for item in self.loss.items() if set(item[2].kinds) & set(ROLES[role])]
+    def _terms(self, role: str) -> list[tuple[str, Loss]]:
+        return [(n, term) for n, _, term in self.loss.items() if set(term.kinds) & set(ROLES[role])]
 
     def _factor(self, foreground: Tensor) -> Tensor:
         """What the sums over the anchors of each image are multiplied by, ``(B, 1)``."""

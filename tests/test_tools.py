@@ -301,6 +301,9 @@ def test_a_killed_run_resumes_exactly(small: list[str], tmp_path: Path) -> None:
     options = [*small, "--train.epochs=2", "--train.batch_size=2", "--train.checkpoint_every=3"]
     # FPN has dropout.
     options += ["--model.name=fpn", "--model.encoder=mobilenet_v2", "--data.workers=1"]
+    options += [
+        "--loss=learned*ce(label_smoothing=ramp(0, 0.1, steps=9)) + ramp(0, 1, steps=9)*dice"
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_apart("train_seg", *options, f"--output={whole}")
 
@@ -323,8 +326,15 @@ def test_a_killed_run_resumes_exactly(small: list[str], tmp_path: Path) -> None:
     first, second = load(whole / "last.ckpt"), load(killed / "last.ckpt")
     assert second["step"] == 16
     assert first["config"] == second["config"]
-    for name, tensor in first["model"].items():
-        assert torch.equal(tensor, second["model"][name]), name
+    for part in ("model", "loss"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), name
+    assert first["loss"]["step"] == 16
+    assert first["loss"]["log_variance_ce"] != 0
+    logged = [row for row in rows(whole) if row["loss"]]
+    assert [float(row["weight_dice"]) for row in logged[:10]] == pytest.approx(
+        [min(step / 9, 1) for step in range(10)]
+    )
     assert rows(whole) == rows(killed)
 
 
@@ -345,6 +355,19 @@ def assert_same_step(one: Path, other: Path) -> None:
     first, second = load(one / "last.ckpt")["model"], load(other / "last.ckpt")["model"]
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_learned_weights_are_not_resumed_with_another_loss(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = "--loss=learned*ce + dice"
+    run("train_seg", *small, "--data.subset=4", loss, f"--output={tmp_path}")
+    with pytest.raises(SystemExit) as end:
+        run("train_seg", "--loss=ce + learned*dice", f"--output={tmp_path}", "--resume")
+    assert end.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train_seg.py: error: ")
+    assert "has the state of 'learned*ce + dice'" in error
 
 
 def test_accumulated_gradients_are_those_of_the_batch(

@@ -151,7 +151,9 @@ class DetectionConfig:
     """Detector.
 
     Args:
-        loss: Sum of losses, such as "giou+focal" or "2*ciou + focal(gamma=1.5)".
+        loss: Sum of losses, such as "giou+focal" or "2*ciou + focal(gamma=1.5)"; weights can be
+            learned, "learned*giou + learned*focal", or change over the steps, as in
+            "l1 + ramp(0, 1, steps=1000)*giou + focal".
         seed: Seed of the weights, the shuffling, the augmentation and the splits.
         output: Folder of the results, which must not hold an earlier run; by default the first free
             one of runs/det-1, runs/det-2, ...
@@ -172,7 +174,9 @@ class SegmentationConfig:
     """Segmenter.
 
     Args:
-        loss: Sum of losses, such as "ce+dice" or "0.5*focal + tversky(alpha=0.3, beta=0.7)".
+        loss: Sum of losses, such as "ce+dice" or "0.5*focal + tversky(alpha=0.3, beta=0.7)";
+            weights can be learned, "learned*ce + learned*dice", or change over the steps, as in
+            "ce + ramp(0, 1, steps=1000)*dice".
         seed: Seed of the weights, the shuffling, the augmentation and the splits.
         output: Folder of the results, which must not hold an earlier run; by default the first free
             one of runs/seg-1, runs/seg-2, ...

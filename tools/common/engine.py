@@ -28,6 +28,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import TrainConfig, TrainingConfig, to_dict
 from common.data import Batch, TrainingImages, TrainingOrder, collate
 from common.errors import UsageError
+from detseg_losses import LossSum
 
 Losses = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 Evaluate = Callable[[], dict[str, Any]]
@@ -80,7 +81,8 @@ def fit(
 
     Args:
         fabric: launched.
-        model: with ``config.resume`` it gets the weights of last.ckpt first.
+        model: adapted to its losses, whose ramps and learned weights are part of the training;
+            with ``config.resume`` it gets the weights of last.ckpt first.
         images: the training images.
         config: the configuration of the run.
         output: folder of the run.
@@ -89,10 +91,11 @@ def fit(
         evaluate: the metrics of the model as it is; called by every process.
 
     Raises:
-        UsageError: if the batches cannot be divided as configured,
-            or the loss is no longer finite.
+        UsageError: if the batches cannot be divided as configured, the run to resume had other
+            classes or learned weights, or the loss is no longer finite.
     """
     train = config.train
+    criterion = next(module for module in model.modules() if isinstance(module, LossSum))
     make_order = partial(
         TrainingOrder,
         len(images),
@@ -114,6 +117,11 @@ def fit(
         if checkpoint["classes"] != images.data.classes:
             raise UsageError(f"{output} was trained for other classes: {checkpoint['classes']}")
         model.load_state_dict(checkpoint["model"])
+        try:
+            criterion.load_state_dict(checkpoint.get("loss", {}))
+        except RuntimeError as error:
+            stored = checkpoint["config"]["loss"]
+            raise UsageError(f"{output} has the state of {stored!r}: {error}") from error
         decays = [group["weight_decay"] for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, decay in zip(optimizer.param_groups, decays, strict=True):
@@ -131,6 +139,7 @@ def fit(
             "step": step,
             "best": best,
             "model": model.state_dict(),
+            "loss": criterion.state_dict(),
             "optimizer": optimizer.state_dict(),
             "precision": fabric.strategy.precision.state_dict(),
             "metrics": metrics,
@@ -172,8 +181,10 @@ def fit(
     batches = iter(loader)
     while step < total:
         lr = train.lr * _rate(train.schedule, step / total)
-        values = _take_step(fabric, wrapped, optimizer, batches, losses, config, step, lr)
+        weights = _moving_weights(criterion)
+        values = _take_step(fabric, wrapped, optimizer, batches, losses, config, step, lr) | weights
         step += 1
+        criterion.advance()
         bar.update()
         epoch_ends = step % steps_per_epoch == 0
         if step == 1 or epoch_ends or step % train.log_every == 0:
@@ -223,6 +234,12 @@ def _take_step(
     optimizer.step()
     optimizer.zero_grad()
     return values
+
+
+def _moving_weights(criterion: LossSum) -> dict[str, Tensor]:
+    """The weights that are on a ramp or learned, for the log."""
+    factors = {f"weight_{name}": criterion.factor(name) for name in criterion.names}
+    return {name: f.detach() for name, f in factors.items() if isinstance(f, Tensor)}
 
 
 def _make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:

@@ -77,7 +77,7 @@ def plot_curves(output: Path, metric: str) -> None:
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
         axis.plot(steps, _smooth(values), color="tab:blue")
         axis.set_title("loss (sum of the terms)" if name == "loss" else name)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=min(0, *values))  # a term with a learned weight can be negative
     last = axes[0][-1]
     epochs, scores = [row["epoch"] for row in judged], [row[metric] for row in judged]
     last.plot(epochs, scores, color="tab:green", marker="o", markersize=4)
