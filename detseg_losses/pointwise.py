@@ -24,7 +24,7 @@ Label: TypeAlias = "Tensor | int"
 """A target between 0 and 1: a tensor, or one of the constants 0 and 1, which cost nothing."""
 
 
-class lazy:  # noqa: N801, as functools.cached_property, whose lock torch.compile cannot trace
+class lazy:
     """An attribute that is computed when it is first asked for."""
 
     def __init__(self, compute: Callable[[Any], Tensor]) -> None:
@@ -162,6 +162,17 @@ class TruePositive(Formula):
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return s.p * s.q * y
+
+
+@dataclass(frozen=True)
+class Squared(Formula):
+    """The square of the probability."""
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.p * s.p
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return 2 * s.p * s.p * s.q
 
 
 def pointwise(

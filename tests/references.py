@@ -106,7 +106,7 @@ def cross_entropy(
 
 
 def region(
-    formula: Callable[[Any, Any, Any], Any],
+    formula: Callable[..., Any],
     x: Tensor,
     target: Tensor,
     *,
@@ -118,7 +118,7 @@ def region(
     absent: str = "skip",
     reduction: str = "mean",
 ) -> Tensor:
-    """``formula(tp, fp, fn)`` of each class, and the mean over classes (and images)."""
+    """``formula(tp, fp, fn, tn, squares)`` of each class, and their mean (over images, too)."""
     p = x.softmax(1) if mode == "multiclass" else x.sigmoid()
     y, w = targets_of(x, target, mode, ignore_index)
     if pixel_weight is not None:
@@ -128,16 +128,18 @@ def region(
     for images in groups:
         losses, weights = [], []
         for c in range(x.shape[1]):
-            tp = fp = fn = true = total = torch.zeros((), dtype=x.dtype)
+            tp = fp = fn = tn = true = total = squares = torch.zeros((), dtype=x.dtype)
             for b in images:
                 tp = tp + (w[b, c] * p[b, c] * y[b, c]).sum()
                 fp = fp + (w[b, c] * p[b, c] * (1 - y[b, c])).sum()
                 fn = fn + (w[b, c] * (1 - p[b, c]) * y[b, c]).sum()
+                tn = tn + (w[b, c] * (1 - p[b, c]) * (1 - y[b, c])).sum()
+                squares = squares + (w[b, c] * (p[b, c] ** 2 + y[b, c] ** 2)).sum()
                 true = true + (w[b, c] * y[b, c]).sum()
                 total = total + w[b, c].sum()
             weight = 1.0 if class_weights is None else class_weights[c]
             if true > 0:
-                losses.append(formula(tp, fp, fn))
+                losses.append(formula(tp, fp, fn, tn, squares))
             elif absent == "penalise":
                 losses.append(fp / total)
             else:
@@ -154,18 +156,74 @@ def region(
     return torch.stack(means).mean()
 
 
-def dice(smooth: float = 0.0) -> Callable[[Any, Any, Any], Any]:
-    return lambda tp, fp, fn: 1 - (2 * tp + smooth) / (2 * tp + fp + fn + smooth)
+def dice(smooth: float = 0.0) -> Callable[..., Any]:
+    return lambda tp, fp, fn, *_: 1 - (2 * tp + smooth) / (2 * tp + fp + fn + smooth)
 
 
-def jaccard(smooth: float = 0.0) -> Callable[[Any, Any, Any], Any]:
-    return lambda tp, fp, fn: 1 - (tp + smooth) / (tp + fp + fn + smooth)
+def jaccard(smooth: float = 0.0) -> Callable[..., Any]:
+    return lambda tp, fp, fn, *_: 1 - (tp + smooth) / (tp + fp + fn + smooth)
 
 
 def tversky(
     alpha: float = 0.5, beta: float = 0.5, gamma: float = 1.0, smooth: float = 0.0
-) -> Callable[[Any, Any, Any], Any]:
-    return lambda tp, fp, fn: (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)) ** gamma
+) -> Callable[..., Any]:
+    return lambda tp, fp, fn, *_: (
+        (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)) ** gamma
+    )
+
+
+def squared_dice(smooth: float = 0.0) -> Callable[..., Any]:
+    return lambda tp, fp, fn, tn, squares: 1 - (2 * tp + smooth) / (squares + smooth)
+
+
+def log_cosh_dice(smooth: float = 0.0) -> Callable[..., Any]:
+    return lambda *counts: dice(smooth)(*counts).cosh().log()
+
+
+def f1(beta: float = 1.0) -> Callable[..., Any]:
+    """From precision and recall."""
+
+    def formula(tp: Any, fp: Any, fn: Any, *_: Any) -> Any:
+        precision, recall = tp / (tp + fp), tp / (tp + fn)
+        return 1 - (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+    return formula
+
+
+def mcc(smooth: float = 1e-5) -> Callable[..., Any]:
+    """By way of the correlation's other form, of informedness and markedness."""
+
+    def formula(tp: Any, fp: Any, fn: Any, tn: Any, _: Any) -> Any:
+        tp, fp, fn, tn = (count + smooth for count in (tp, fp, fn, tn))
+        informedness = tp / (tp + fn) + tn / (tn + fp) - 1
+        markedness = tp / (tp + fp) + tn / (tn + fn) - 1
+        return 1 - informedness.sign() * (informedness * markedness).sqrt()
+
+    return formula
+
+
+def generalised_dice(
+    x: Tensor,
+    target: Tensor,
+    *,
+    mode: str = "multiclass",
+    ignore_index: int | None = None,
+    class_weights: list[float] | None = None,
+    pixel_weight: Tensor | None = None,
+) -> Tensor:
+    p = x.softmax(1) if mode == "multiclass" else x.sigmoid()
+    y, w = targets_of(x, target, mode, ignore_index)
+    if pixel_weight is not None:
+        w = w * pixel_weight.reshape(x.shape[0], 1, *x.shape[2:])
+    hits: Any = 0.0
+    area: Any = 0.0
+    for c in range(x.shape[1]):
+        true = (w[:, c] * y[:, c]).sum()
+        if true > 0:
+            weight = (1.0 if class_weights is None else class_weights[c]) / true**2
+            hits = hits + weight * (w[:, c] * p[:, c] * y[:, c]).sum()
+            area = area + weight * (w[:, c] * (p[:, c] + y[:, c])).sum()
+    return 1 - 2 * hits / area
 
 
 def boxes(kind: str, a: Tensor, b: Tensor) -> Tensor:
