@@ -1,6 +1,7 @@
 """Dense-prediction losses for detection and segmentation, and the strings that name them."""
 
 from .base import LOSSES, Loss
+from .boundary import BoundaryLoss, boundary_loss, signed_distance
 from .boxes import (
     CIoULoss,
     DIoULoss,
@@ -17,7 +18,9 @@ from .classification import (
     binary_cross_entropy_loss,
     sigmoid_focal_loss,
 )
+from .cldice import CLDiceLoss, cldice_loss
 from .deltas import L1Loss, SmoothL1Loss, l1_loss, smooth_l1_loss
+from .lovasz import LovaszLoss, lovasz_loss
 from .pixels import CrossEntropyLoss, SoftmaxFocalLoss, cross_entropy_loss, softmax_focal_loss
 from .regions import (
     DiceLoss,
@@ -46,8 +49,10 @@ __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
     "BCELoss",
+    "BoundaryLoss",
     "CEDiceLoss",
     "CIoULoss",
+    "CLDiceLoss",
     "CrossEntropyLoss",
     "DIoULoss",
     "DiceLoss",
@@ -61,6 +66,7 @@ __all__ = [
     "LogCoshDiceLoss",
     "Loss",
     "LossSum",
+    "LovaszLoss",
     "MCCLoss",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
@@ -70,7 +76,9 @@ __all__ = [
     "Statistics",
     "TverskyLoss",
     "binary_cross_entropy_loss",
+    "boundary_loss",
     "build_loss",
+    "cldice_loss",
     "complete_box_iou_loss",
     "cross_entropy_loss",
     "dice_loss",
@@ -83,8 +91,10 @@ __all__ = [
     "jaccard_loss",
     "l1_loss",
     "log_cosh_dice_loss",
+    "lovasz_loss",
     "mcc_loss",
     "sigmoid_focal_loss",
+    "signed_distance",
     "smooth_l1_loss",
     "softmax_focal_loss",
     "squared_dice_loss",

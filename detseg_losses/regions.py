@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .base import (
     register,
     world_sum,
 )
-from .layout import Mode
+from .layout import Batch, Mode, segmentation_batch
 from .statistics import Need, Statistics, statistics
 
 Absent = Literal["skip", "penalise"]
@@ -412,11 +412,23 @@ def regions(
     )
     squares = s.pred_sq + s.true_sq if "squares" in more else torch.zeros_like(s.true)
     counts = torch.stack((s.tp, s.pred, s.true, s.batch.valid(), squares))
-    if not per_image:
-        counts = world_sum(counts.sum(1), sync)
-    tp, pred, true, valid, squares = counts.unbind()
+    tp, pred, true, valid, squares = pool(counts, per_image=per_image, sync=sync).unbind()
     weights = s.batch.per_class(class_weights)
     return Regions(tp, pred, true, valid, weights, per_image, absent, reduction, sync, squares)
+
+
+def pool(counts: Tensor, *, per_image: bool = False, sync: bool = False, **_: Any) -> Tensor:
+    """Counts ``(N, B, C)`` as the options ask: ``(N, C)`` of the batch, or of each image."""
+    return counts if per_image else world_sum(counts.sum(1), sync)
+
+
+def region_batch(logits: Tensor, target: Tensor | None, options: RegionOptions) -> Batch:
+    """The batch of a loss that counts for itself and leaves the rest to :func:`regions`."""
+    if target is None:
+        raise TypeError("the target is missing")
+    known = ("mode", "ignore_index", "pixel_weight", "validate")
+    given: Any = {key: value for key, value in options.items() if key in known}
+    return segmentation_batch(logits, target, **given)
 
 
 class RegionLoss(Loss):

@@ -168,23 +168,28 @@ class LossSum(nn.Module):
         self.groups = self._groups() if self.kind == "segmentation" else []
 
     def forward(self, prediction: Any, target: Tensor, **call: Any) -> Tensor:
-        """The sum; ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves."""
+        """The sum; ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves, and
+        what single terms take, such as ``distance``.
+        """
         return functools.reduce(operator.add, self.compute(prediction, target, **call).values())
 
     def compute(self, prediction: Any, target: Tensor, **call: Any) -> dict[str, Tensor]:
         """The weighted value of each term, attached to the graph."""
         if self.kind is None:
             raise TypeError(f"{self!r} mixes kinds of input; use_losses(model, spec) routes them")
+        extra = {key for loss in self.terms for key in loss.extra}
+        weights = {key: value for key, value in call.items() if key not in extra}
         results: dict[int, Tensor] = {}
         for members in self.groups:
             losses = [self.terms[index] for index in members]
             shared: Any = {key: loss.options[key] for loss in losses for key in loss.shared}
             needs = [need for loss in losses for need in loss.needs()]
-            found = statistics(prediction, target, needs, **shared, **call)
+            found = statistics(prediction, target, needs, **shared, **weights)
             results |= {index: loss(found) for index, loss in zip(members, losses, strict=True)}
         for index, loss in enumerate(self.terms):
             if index not in results:
-                results[index] = loss(prediction, target, **call)
+                own = {key: call[key] for key in loss.extra if key in call}
+                results[index] = loss(prediction, target, **weights, **own)
         values = {
             name: results[index] * weight for index, (name, weight, _) in enumerate(self.items())
         }
