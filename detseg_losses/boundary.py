@@ -90,7 +90,7 @@ def _signed(inside: Tensor, outside: Tensor, dtype: torch.dtype) -> Tensor:
     """The signed distance from masks ``(B, C, *)``."""
     to_inside, to_outside = (_distance(mask, dtype) for mask in (inside, outside))
     signed = torch.where(inside, 1 - to_outside, to_inside)
-    return signed.masked_fill(signed.isinf(), 0)
+    return signed.masked_fill((to_inside + to_outside).isinf(), 0)
 
 
 def _distance(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,19 +99,18 @@ def _distance(mask: Tensor, dtype: torch.dtype) -> Tensor:
     The square of it is a minimum along one dimension after the other.
     """
     square = torch.where(mask, 0, torch.inf).to(dtype)
+    if not mask.numel():
+        return square
+    # As many places at a time as caches hold; elsewhere, and in a graph, few large steps.
+    eager = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    step = max(1, (4 if eager else 256) * BLOCK // mask.numel())
     for dim in range(2, mask.dim()):
-        square = square.movedim(dim, -1)
-        length = square.shape[-1]
-        place = torch.arange(length, dtype=dtype, device=mask.device)
-        step = max(1, 4 * BLOCK // max(square.numel(), 1))
-        # every place of a few lines to be, from every place of the line
-        nearest = [
-            (square.unsqueeze(-2) + (part.unsqueeze(-1) - place).square()).amin(-1)
-            for part in place.split(step)
-            if square.numel()
-        ]
-        square = torch.cat(nearest, -1) if nearest else square
-        square = square.movedim(-1, dim)
+        lines = square.movedim(dim, 0).contiguous()
+        place = torch.arange(len(lines), dtype=dtype, device=mask.device)
+        gaps = (place.unsqueeze(1) - place).square()
+        gaps = gaps.view(*gaps.shape, *[1] * (mask.dim() - 1))
+        nearest = [(lines.unsqueeze(1) + gap).amin(0) for gap in gaps.split(step, 1)]
+        square = torch.cat(nearest).movedim(0, dim)
     return square.sqrt()
 
 

@@ -66,12 +66,17 @@ def cldice_loss(
 
 def skeleton(mask: Tensor, iterations: int) -> Tensor:
     """The soft skeleton of masks ``(B, C, *)`` with values in [0, 1]."""
-    result = mask - _dilated(_eroded(mask))
+    result = _lost(mask)
     for _ in range(iterations):
         mask = _eroded(mask)
-        lost = mask - _dilated(_eroded(mask))
+        lost = _lost(mask)
         result = result + lost - result * lost
     return result
+
+
+def _lost(mask: Tensor) -> Tensor:
+    """What an opening takes away."""
+    return (mask - _dilated(_eroded(mask))).relu()
 
 
 def _eroded(mask: Tensor) -> Tensor:

@@ -226,6 +226,64 @@ def generalised_dice(
     return 1 - 2 * hits / area
 
 
+def lovasz(errors: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Of one class, ``(P,)``: the area under the Jaccard loss of the pixels with errors above t.
+
+    The Lovász extension as an integral over thresholds, in place of the sum over sorted errors.
+    """
+
+    def jaccard_loss(wrong: Tensor) -> Tensor:
+        inter = (weight * y * ~wrong).sum()
+        union = (weight * y).sum() + (weight * (1 - y) * wrong).sum()
+        return 1 - inter / union
+
+    total: Any = 0.0
+    below: Any = 0.0
+    for threshold in errors[errors > 0]:
+        higher = errors >= threshold.detach()
+        lower = errors[(errors > 0) & (errors < threshold.detach())]
+        below = lower.max() if len(lower) else 0.0
+        total = total + (threshold - below) * jaccard_loss(higher)
+    return torch.as_tensor(total)
+
+
+def signed_distance(inside: Tensor, outside: Tensor) -> Tensor:
+    """Of one mask ``(*)``, from every pixel to every other."""
+    result = torch.zeros(inside.shape, dtype=torch.float64)
+    if inside.any() and outside.any():
+        for place in torch.cartesian_prod(*(torch.arange(n) for n in inside.shape)).reshape(
+            -1, inside.dim()
+        ):
+            within = inside[tuple(place)]
+            others = (outside if within else inside).nonzero()
+            distance = (others - place).double().norm(dim=1).min()
+            result[tuple(place)] = 1 - distance if within else distance
+    return result
+
+
+def skeleton(mask: Tensor, iterations: int) -> Tensor:
+    """Of masks ``(B, C, H, W)`` or ``(B, C, D, H, W)``, by pooling as in the paper."""
+    rank = mask.dim() - 2
+    pooling: Any = F.max_pool2d if rank == 2 else F.max_pool3d
+
+    def erode(mask: Tensor) -> Tensor:
+        least = mask
+        for dim in range(rank):
+            kernel = [3 if d == dim else 1 for d in range(rank)]
+            padding = [k // 2 for k in kernel]
+            least = torch.minimum(least, -pooling(-mask, kernel, stride=1, padding=padding))
+        return least
+
+    def lost(mask: Tensor) -> Tensor:
+        return (mask - pooling(erode(mask), 3, stride=1, padding=1)).relu()
+
+    result = lost(mask)
+    for _ in range(iterations):
+        mask = erode(mask)
+        result = result + (lost(mask) - result * lost(mask)).relu()
+    return result
+
+
 def boxes(kind: str, a: Tensor, b: Tensor) -> Tensor:
     """IoU, GIoU, DIoU or CIoU loss of proper boxes ``(N, 4)``, pair after pair."""
     losses = []
