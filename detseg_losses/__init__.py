@@ -42,7 +42,7 @@ from .regions import (
     squared_dice_loss,
     tversky_loss,
 )
-from .spec import CEDiceLoss, LossSum, SpecError, build_loss
+from .spec import CEDiceLoss, ComboLoss, LossSum, SpecError, UnifiedFocalLoss, build_loss
 from .statistics import Statistics, statistics
 
 __version__ = "0.1.0"
@@ -53,6 +53,7 @@ __all__ = [
     "CEDiceLoss",
     "CIoULoss",
     "CLDiceLoss",
+    "ComboLoss",
     "CrossEntropyLoss",
     "DIoULoss",
     "DiceLoss",
@@ -75,6 +76,7 @@ __all__ = [
     "SquaredDiceLoss",
     "Statistics",
     "TverskyLoss",
+    "UnifiedFocalLoss",
     "binary_cross_entropy_loss",
     "boundary_loss",
     "build_loss",
