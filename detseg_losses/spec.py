@@ -254,7 +254,8 @@ class ComboLoss(LossSum):
     r"""Combo loss: weighted binary cross entropy and Dice (Taghanaki et al., arXiv:1805.02798).
 
     .. math:: -\frac{\alpha}{N} \sum
-        \left(\beta\, y \log p + (1 - \beta) (1 - y) \log (1 - p)\right) + (1 - \alpha) (1 - \mathrm{Dice})
+        \left(\beta\, y \log p + (1 - \beta) (1 - y) \log (1 - p)\right)
+        + (1 - \alpha) (1 - \mathrm{Dice})
 
     It differs from the paper's, which subtracts Dice, by the constant :math:`1 - \alpha`. For
     masks where false positives or false negatives are to become the rarer ones.
