@@ -24,7 +24,7 @@ Label: TypeAlias = "Tensor | int"
 """A target between 0 and 1: a tensor, or one of the constants 0 and 1, which cost nothing."""
 
 
-class lazy:
+class lazy:  # noqa: N801, as functools.cached_property, whose lock torch.compile cannot trace
     """An attribute that is computed when it is first asked for."""
 
     def __init__(self, compute: Callable[[Any], Tensor]) -> None:
