@@ -98,6 +98,8 @@ class Loss(nn.Module):
     """What the function passes its ``**options`` to."""
     shared: ClassVar[tuple[str, ...]] = ()
     """Options that the losses of one pass over the logits must agree on."""
+    extra: ClassVar[tuple[str, ...]] = ()
+    """What a call may hold for this loss alone, beside the weights that are for all of a sum."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ class Loss(nn.Module):
             parameter.name: parameter.default
             for parameter in parameters
             if parameter.default is not parameter.empty
-            and parameter.name not in ("weight", "pixel_weight")
+            and parameter.name not in ("weight", "pixel_weight", *cls.extra)
         } | {"reduction": "mean"}
 
     @property

@@ -59,6 +59,22 @@ class Batch:
         left_out = None if self.weight is None else self.weight == 0
         return _labels(self.target, left_out)
 
+    def masks(self) -> Tensor:
+        """Whether each pixel is of each class, ``(B, C, P)``; dense targets are rounded, and what
+        is left out is of none.
+        """
+        if self.dense:
+            masks = self.target > 0.5
+        else:
+            classes = torch.arange(self.logits.shape[1], device=self.logits.device)
+            masks = self.labels().unsqueeze(1) == classes.unsqueeze(1)
+        return masks if self.weight is None else masks & (self.weight != 0)
+
+    def spatial(self, values: Tensor) -> Tensor:
+        """Values ``(B, C or 1, P)`` with the dimensions of the image, ``(B, C or 1, *)``."""
+        stated = self.shape[1] == self.logits.shape[1]  # else one class without a dimension
+        return values.reshape(*values.shape[:2], *self.shape[2 if stated else 1 :])
+
     def entries(self, values: Tensor) -> Tensor:
         """Values ``(B, C, P)`` in the shape that the logits came in."""
         return (values if self.mode else values.movedim(1, -1)).reshape(self.shape)

@@ -170,6 +170,17 @@ class TruePositive(Formula):
         return s.p * s.q * y
 
 
+@dataclass(frozen=True)
+class Squared(Formula):
+    """The square of the probability."""
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.p * s.p
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return 2 * s.p * s.p * s.q
+
+
 def pointwise(
     batch: Batch, formulas: Sequence[Formula], *, summed: bool = True
 ) -> tuple[Tensor, ...]:

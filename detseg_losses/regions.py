@@ -6,9 +6,10 @@ batch or of each image, and nothing of softmax, masks or ignored pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .base import (
     register,
     world_sum,
 )
-from .layout import Mode
+from .layout import Batch, Mode, segmentation_batch
 from .statistics import Need, Statistics, statistics
 
 Absent = Literal["skip", "penalise"]
@@ -69,7 +70,8 @@ def dice_loss(
 
     .. math:: 1 - \frac{2 TP + s}{\sum p + \sum y + s}
 
-    The sums in the denominator are plain, not of squares.
+    The sums in the denominator are plain; for V-Net's own squares there is
+    :func:`squared_dice_loss`.
 
     Args:
         logits: raw scores, ``(B, C, *)``.
@@ -173,6 +175,167 @@ def focal_tversky_loss(
     return r.reduce(torch.where(loss > tiny, loss.clamp(min=tiny).pow(gamma), 0))
 
 
+def squared_dice_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    smooth: float = 0.0,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""The Dice loss with squares in the denominator, V-Net's (Milletari et al., arXiv:1606.04797).
+
+    .. math:: 1 - \frac{2 TP + s}{\sum p^2 + \sum y^2 + s}
+
+    A pixel that the model is unsure of costs more than under :func:`dice_loss`, and a soft target
+    is best met by itself: the loss is 0 where p = y. For results that are to be comparable with
+    V-Net's, and for soft targets.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        smooth: the s added to both; it makes small classes cost less.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    r = regions(logits, target, "squares", **options)
+    return r.reduce(1 - divide(2 * r.tp + smooth, r.squares + smooth))
+
+
+def generalised_dice_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""One Dice loss over all classes, each by its inverse area (Sudre et al., arXiv:1707.03237).
+
+    .. math:: 1 - 2 \frac{\sum_c w_c TP_c}{\sum_c w_c (\sum p_c + \sum y_c)},
+        \quad w_c = \frac{1}{(\sum y_c)^2}
+
+    For classes of very different size: the small ones count as much as the large ones, in one
+    ratio that no single small class can make as noisy as its own Dice is. Classes that the target
+    lacks have no weight in it. Every class that is there costs this number, and
+    ``class_weights`` are factors of :math:`w_c`.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    r = regions(logits, target, **options)
+    # Relative to the smallest class that is there, so that no square is out of range.
+    least = r.true.where(r.true > 0, torch.inf).amin(-1, keepdim=True)
+    weights = torch.where(r.true > 0, least / r.true, 0).square()
+    if r.class_weights is not None:
+        weights = weights * r.class_weights
+    hits = (weights * r.tp).sum(-1, keepdim=True)
+    area = (weights * (r.pred + r.true)).sum(-1, keepdim=True)
+    return r.reduce((1 - divide(2 * hits, area)).expand_as(r.tp))
+
+
+def log_cosh_dice_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    smooth: float = 0.0,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""The logarithm of the hyperbolic cosine of the Dice loss (Jadon, arXiv:2006.14822).
+
+    .. math:: \log \cosh \left(1 - \frac{2 TP + s}{\sum p + \sum y + s}\right)
+
+    Half the square of the Dice loss where that is small: its gradient fades as a class becomes
+    right. For steps that calm down late in training.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        smooth: the s added to both; it makes small classes cost less.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+    """
+    r = regions(logits, target, **options)
+    dice = 1 - divide(2 * r.tp + smooth, r.pred + r.true + smooth)
+    # cosh d = 1 + 2 sinh(d / 2)^2, without rounding to 1 where d is small
+    return r.reduce(torch.log1p(2 * (dice / 2).sinh().square()))
+
+
+def f1_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    smooth: float = 0.0,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""One minus the soft F-measure of each class (Pastor-Pellicer et al., IWANN 2013).
+
+    .. math:: 1 - \frac{(1 + \beta^2) TP + s}{(1 + \beta^2) TP + \beta^2 FN + FP + s}
+
+    For a recall that matters beta times as much as the precision. With ``beta=1`` it is
+    :func:`dice_loss`; with any, :func:`tversky_loss` with an alpha of
+    :math:`1 / (1 + \beta^2)` and a beta of :math:`\beta^2 / (1 + \beta^2)`.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        beta: how many times as important recall is as precision; below 1 it is less so.
+        smooth: the s added to both; it makes small classes cost less.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on a beta that is not positive, shapes that do not fit, a mode that cannot be
+            told, or a label out of range.
+    """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive: {beta}")
+    r = regions(logits, target, **options)
+    miss = beta**2 / (1 + beta**2)
+    return r.reduce(1 - r.tversky(1 - miss, miss, smooth / (1 + beta**2)))
+
+
+def mcc_loss(
+    logits: Tensor | Statistics,
+    target: Tensor | None = None,
+    *,
+    smooth: float = 1e-5,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""One minus the Matthews correlation coefficient of each class (Abhishek and Hamarneh,
+    arXiv:2010.13454).
+
+    .. math:: 1 - \frac{TP\, TN - FP\, FN}
+        {\sqrt{(TP + FP)(TP + FN)(TN + FP)(TN + FN)}}
+
+    Between 0 and 2; 1 is what a guess costs. Unlike Dice it counts the true negatives, and so
+    treats a class and its complement alike: for masks that may be larger than what they leave out.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values in [0, 1] of the logits' shape.
+        smooth: added to each of the four counts, in pixels. A class that is in every pixel has no
+            correlation; it costs 1/2 where it is found.
+        **options: see :class:`RegionOptions`.
+
+    Raises:
+        ValueError: on a smooth that is not positive, shapes that do not fit, a mode that cannot be
+            told, or a label out of range.
+    """
+    if not 0 < smooth < math.inf:
+        raise ValueError(f"smooth must be positive: {smooth}")
+    r = regions(logits, target, **options)
+    counts = (r.tp, r.fp, r.fn, r.valid - r.true - r.fp)
+    tp, fp, fn, tn = (count.clamp(min=0) + smooth for count in counts)  # rounding
+    scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()
+    return r.reduce(1 - (tp * tn - fp * fn) / scale)
+
+
 @dataclass
 class Regions:
     """Soft counts of each class, ``(C,)`` of the batch or ``(B, C)`` of each image."""
@@ -186,6 +349,8 @@ class Regions:
     absent: str
     reduction: str
     sync: bool
+    squares: Tensor
+    """``sum p^2 + sum y^2``, where asked for."""
 
     @property
     def fp(self) -> Tensor:
@@ -222,7 +387,7 @@ class Regions:
 def regions(
     logits: Tensor | Statistics,
     target: Tensor | None,
-    *,
+    *more: Need,
     mode: Mode | None = None,
     ignore_index: int | None = None,
     class_weights: Tensor | Sequence[float] | None = None,
@@ -239,18 +404,31 @@ def regions(
     s = statistics(
         logits,
         target,
-        ["regions"],
+        ["regions", *more],
         mode=mode,
         ignore_index=ignore_index,
         pixel_weight=pixel_weight,
         validate=validate,
     )
-    counts = torch.stack((s.tp, s.pred, s.true, s.batch.valid()))
-    if not per_image:
-        counts = world_sum(counts.sum(1), sync)
-    tp, pred, true, valid = counts.unbind()
+    squares = s.pred_sq + s.true_sq if "squares" in more else torch.zeros_like(s.true)
+    counts = torch.stack((s.tp, s.pred, s.true, s.batch.valid(), squares))
+    tp, pred, true, valid, squares = pool(counts, per_image=per_image, sync=sync).unbind()
     weights = s.batch.per_class(class_weights)
-    return Regions(tp, pred, true, valid, weights, per_image, absent, reduction, sync)
+    return Regions(tp, pred, true, valid, weights, per_image, absent, reduction, sync, squares)
+
+
+def pool(counts: Tensor, *, per_image: bool = False, sync: bool = False, **_: Any) -> Tensor:
+    """Counts ``(N, B, C)`` as the options ask: ``(N, C)`` of the batch, or of each image."""
+    return counts if per_image else world_sum(counts.sum(1), sync)
+
+
+def region_batch(logits: Tensor, target: Tensor | None, options: RegionOptions) -> Batch:
+    """The batch of a loss that counts for itself and leaves the rest to :func:`regions`."""
+    if target is None:
+        raise TypeError("the target is missing")
+    known = ("mode", "ignore_index", "pixel_weight", "validate")
+    given: Any = {key: value for key, value in options.items() if key in known}
+    return segmentation_batch(logits, target, **given)
 
 
 class RegionLoss(Loss):
@@ -289,3 +467,41 @@ class FocalTverskyLoss(RegionLoss):
     """Module form of :func:`focal_tversky_loss`."""
 
     function = staticmethod(focal_tversky_loss)
+
+
+@register("squared_dice", "segmentation")
+class SquaredDiceLoss(RegionLoss):
+    """Module form of :func:`squared_dice_loss`."""
+
+    function = staticmethod(squared_dice_loss)
+
+    def needs(self) -> list[Need]:
+        return ["regions", "squares"]
+
+
+@register("generalised_dice", "segmentation")
+class GeneralisedDiceLoss(RegionLoss):
+    """Module form of :func:`generalised_dice_loss`."""
+
+    function = staticmethod(generalised_dice_loss)
+
+
+@register("log_cosh_dice", "segmentation")
+class LogCoshDiceLoss(RegionLoss):
+    """Module form of :func:`log_cosh_dice_loss`."""
+
+    function = staticmethod(log_cosh_dice_loss)
+
+
+@register("f1", "segmentation")
+class F1Loss(RegionLoss):
+    """Module form of :func:`f1_loss`."""
+
+    function = staticmethod(f1_loss)
+
+
+@register("mcc", "segmentation")
+class MCCLoss(RegionLoss):
+    """Module form of :func:`mcc_loss`."""
+
+    function = staticmethod(mcc_loss)

@@ -255,23 +255,28 @@ class LossSum(nn.Module):
         self.groups = self._groups() if self.kind == "segmentation" else []
 
     def forward(self, prediction: Any, target: Tensor, **call: Any) -> Tensor:
-        """The sum; ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves."""
+        """The sum; ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves, and
+        what single terms take, such as ``distance``.
+        """
         return functools.reduce(operator.add, self.compute(prediction, target, **call).values())
 
     def compute(self, prediction: Any, target: Tensor, **call: Any) -> dict[str, Tensor]:
         """The weighted value of each term, attached to the graph."""
         if self.kind is None:
             raise TypeError(f"{self!r} mixes kinds of input; use_losses(model, spec) routes them")
+        extra = {key for loss in self.terms for key in loss.extra}
+        weights = {key: value for key, value in call.items() if key not in extra}
         results: dict[int, Tensor] = {}
         for members in self.groups:
             losses = [self.terms[index] for index in members]
             shared: Any = {key: loss.options[key] for loss in losses for key in loss.shared}
             needs = [need for loss in losses for need in loss.needs()]
-            found = statistics(prediction, target, needs, **shared, **call)
+            found = statistics(prediction, target, needs, **shared, **weights)
             results |= {index: loss(found) for index, loss in zip(members, losses, strict=True)}
         for index, loss in enumerate(self.terms):
             if index not in results:
-                results[index] = loss(prediction, target, **call)
+                own = {key: call[key] for key in loss.extra if key in call}
+                results[index] = loss(prediction, target, **weights, **own)
         values = {
             name: self.weighted(name, results[index]) for index, name in enumerate(self.names)
         }
@@ -396,18 +401,90 @@ class CEDiceLoss(LossSum):
     """
 
     def __init__(self, ce_weight: Weight = 1.0, dice_weight: Weight = 1.0, **options: Any) -> None:
-        ce, dice = LOSSES["ce"], LOSSES["dice"]
-        ce_options = {key: value for key, value in options.items() if key in ce.defaults()}
-        dice_options = {
-            key: value
-            for key, value in options.items()
-            if key in dice.defaults() or key not in ce_options
-        }
-        terms: list[tuple[Weight, Loss]] = [
-            (ce_weight, ce(**ce_options)),
-            (dice_weight, dice(**dice_options)),
+        super().__init__(
+            _terms([(ce_weight, "ce", {}), (dice_weight, "dice", {})], options), "segmentation"
+        )
+
+
+class ComboLoss(LossSum):
+    r"""Combo loss: weighted binary cross entropy and Dice (Taghanaki et al., arXiv:1805.02798).
+
+    .. math:: -\frac{\alpha}{N} \sum
+        \left(\beta\, y \log p + (1 - \beta) (1 - y) \log (1 - p)\right)
+        + (1 - \alpha) (1 - \mathrm{Dice})
+
+    It differs from the paper's, which subtracts Dice, by the constant :math:`1 - \alpha`. For
+    masks where false positives or false negatives are to become the rarer ones.
+
+    Args:
+        alpha: the share of the cross entropy.
+        beta: weight of the positives in the cross entropy, negatives have 1 - beta; a larger one
+            favours recall.
+        **options: options of :func:`binary_cross_entropy_loss`, :func:`dice_loss`, or both.
+
+    Raises:
+        ValueError: on an alpha outside of [0, 1], or a beta that is not between 0 and 1.
+        TypeError: on an option that neither loss has.
+    """
+
+    def __init__(self, alpha: float = 0.5, beta: float = 0.5, **options: Any) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1]: {alpha}")
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must be between 0 and 1: {beta}")
+        bce = {"pos_weight": beta / (1 - beta)}
+        terms = [(alpha * (1 - beta), "bce", bce), (1 - alpha, "dice", {})]
+        super().__init__(_terms(terms, options), "segmentation")
+
+
+class UnifiedFocalLoss(LossSum):
+    r"""The symmetric unified focal loss (Yeung et al., arXiv:2102.04525), of a softmax.
+
+    .. math:: -\frac{\lambda \delta}{N} \sum (1 - p_t)^{1 - \gamma} \log p_t
+        + \frac{1 - \lambda}{C} \sum_c
+        \left(1 - \frac{TP}{TP + \delta FN + (1 - \delta) FP}\right)^\gamma
+
+    Focal and focal Tversky loss with three numbers in place of six. For classes of very different
+    frequency, where the two are to be tuned together.
+
+    Args:
+        weight: the share :math:`\lambda` of the focal loss.
+        delta: weight of false negatives, false positives have 1 - delta.
+        gamma: a smaller one puts more weight on what is hard in the focal loss, and on rare
+            classes that are nearly right in the other.
+        **options: options of :func:`softmax_focal_loss`, :func:`focal_tversky_loss`, or both.
+
+    Raises:
+        ValueError: on a weight or delta outside of [0, 1], or a gamma outside of (0, 1].
+        TypeError: on an option that neither loss has.
+    """
+
+    def __init__(
+        self, weight: float = 0.5, delta: float = 0.6, gamma: float = 0.5, **options: Any
+    ) -> None:
+        for name, value in (("weight", weight), ("delta", delta)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1]: {value}")
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma must be positive and at most 1: {gamma}")
+        tversky = {"alpha": 1 - delta, "beta": delta, "gamma": gamma}
+        terms = [
+            (weight * delta, "softmax_focal", {"gamma": 1 - gamma}),
+            (1 - weight, "focal_tversky", tversky),
         ]
-        super().__init__(terms, "segmentation")
+        super().__init__(_terms(terms, options), "segmentation")
+
+
+def _terms(
+    terms: Sequence[tuple[Weight, str, dict[str, Any]]], options: dict[str, Any]
+) -> list[tuple[Weight, Loss]]:
+    """Losses by name, each with its own options and those of the others that it knows."""
+    known: list[set[str]] = [LOSSES[name].defaults().keys() - own.keys() for _, name, own in terms]
+    known[-1] |= options.keys() - set.union(*known)  # which raises
+    return [
+        (weight, LOSSES[name](**own, **{k: v for k, v in options.items() if k in has}))
+        for (weight, name, own), has in zip(terms, known, strict=True)
+    ]
 
 
 def names_of_kind(kind: Kind) -> list[str]:

@@ -8,7 +8,7 @@ ordinary autograd flows through them; the gradient of the logits is one more pas
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .base import WHOLE, Block, blocks, compute_dtype
 from .layout import Batch, Mode, Part, segmentation_batch
-from .pointwise import Formula, Predicted, TruePositive, pointwise
+from .pointwise import Formula, Predicted, Squared, TruePositive, pointwise
 
-Need = Literal["regions", "nll", "smooth"] | Formula
+Need = Literal["regions", "squares", "nll", "smooth"] | Formula
 """What a loss asks of the engine: region counts, one of the maps, or the sums of a formula."""
 
 
@@ -33,6 +33,8 @@ class Statistics:
         tp: soft true positives ``sum p * y``, ``(B, C)``.
         pred: soft count of what is predicted, ``sum p``, ``(B, C)``.
         true: count of what is there, ``sum y``, ``(B, C)``.
+        pred_sq: ``sum p^2``, ``(B, C)``.
+        true_sq: ``sum y^2``, ``(B, C)``; of class indices the same as ``true``.
         nll: negative log likelihood of each pixel, ``(B, P)``; 0 where it is left out.
         smooth: ``-sum_c w_c log p_c`` of each pixel, with ``w`` the class weights or 1,
             ``(B, P)``; 0 where it is left out.
@@ -43,6 +45,8 @@ class Statistics:
     tp: Tensor = field(init=False)
     pred: Tensor = field(init=False)
     true: Tensor = field(init=False)
+    pred_sq: Tensor = field(init=False)
+    true_sq: Tensor = field(init=False)
     nll: Tensor = field(init=False)
     smooth: Tensor = field(init=False)
     sums: dict[Formula, Tensor] = field(default_factory=dict)
@@ -88,35 +92,60 @@ def statistics(
         pixel_weight=pixel_weight,
         validate=validate,
     )
+    return measure(batch, needs, class_weights)
+
+
+def measure(
+    batch: Batch,
+    needs: Iterable[Need],
+    class_weights: Tensor | Sequence[float] | None = None,
+) -> Statistics:
+    """The statistics of a batch, see :func:`statistics`."""
     needs = set(needs)
     formulas = [need for need in needs if isinstance(need, Formula)]
     result = Statistics(batch)
     if batch.mode == "multiclass":
         weights = batch.per_class(class_weights)
-        wants = ("nll" in needs, "smooth" in needs, "regions" in needs)
+        wants = ("nll" in needs, "smooth" in needs, "regions" in needs, "squares" in needs)
         if any(wants):
             found = _Softmax.apply(batch.logits, batch.target, batch.weight, weights, wants)
-            result.nll, result.smooth, result.tp, result.pred = found
+            result.nll, result.smooth, result.tp, result.pred, result.pred_sq = found
     elif needs & {"nll", "smooth"}:
         raise ValueError(
             f"a softmax over classes has no meaning in mode {batch.mode!r}; use 'bce' or 'focal', "
             "or a model with a channel for each class"
         )
-    elif "regions" in needs:
-        formulas += [Predicted(), TruePositive()]
+    else:
+        formulas += [Predicted(), TruePositive()] if "regions" in needs else []
+        formulas += [Squared()] if "squares" in needs else []
     if formulas:
         result.sums = dict(zip(formulas, pointwise(batch, formulas), strict=True))
     if "regions" in needs:
         result.true = _true(batch)
         if batch.mode != "multiclass":
             result.pred, result.tp = result.sums[Predicted()], result.sums[TruePositive()]
+    if "squares" in needs:
+        result.true_sq = _true(batch, power=2)
+        if batch.mode != "multiclass":
+            result.pred_sq = result.sums[Squared()]
     return result
 
 
-def _true(batch: Batch) -> Tensor:
+def weighted_counts(batch: Batch, factor: Tensor) -> Statistics:
+    """Region counts with ``tp = sum p * factor`` for any constant factor ``(B, C, P)``.
+
+    So a loss that is linear in the probabilities keeps none of them for backward.
+    """
+    result = measure(replace(batch, target=factor), ["regions"])
+    result.batch, result.true = batch, _true(batch)
+    return result
+
+
+def _true(batch: Batch, power: int = 1) -> Tensor:
     """The count of what is there, ``(B, C)``."""
     y, w = batch.target, batch.weight
     if batch.dense:
+        y = y if power == 1 else y.to(batch.dtype) ** power
         if w is not None:
             y = y.masked_fill(w == 0, 0) * w
         return y.sum(-1, dtype=batch.dtype)
@@ -138,7 +167,9 @@ def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
-    """nll and smooth ``(B, P)``, tp and pred ``(B, C)`` of logits ``(B, C, P)``, where wanted."""
+    """nll and smooth ``(B, P)``, tp, pred and pred_sq ``(B, C)`` of logits ``(B, C, P)``, where
+    wanted; tp and pred go together.
+    """
 
     @staticmethod
     def forward(
@@ -146,14 +177,14 @@ class _Softmax(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         class_weights: Tensor | None,
-        wants: tuple[bool, bool, bool],
+        wants: tuple[bool, bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
         images, classes, places = logits.shape
         dtype = compute_dtype(logits.dtype)
         tiles = blocks(logits)
         nll = logits.new_empty((images, places), dtype=dtype) if wants[0] else None
         smooth = logits.new_empty((images, places), dtype=dtype) if wants[1] else None
-        counts = logits.new_zeros((2, tiles[-1].part + 1, images, classes), dtype=dtype)
+        counts = logits.new_zeros((3, tiles[-1].part + 1, images, classes), dtype=dtype)
         for tile in tiles:
             block = _SoftmaxBlock(tile, logits, target, weight, class_weights)
             if nll is not None:
@@ -163,8 +194,11 @@ class _Softmax(torch.autograd.Function):
             if wants[2]:
                 counts[0, tile.part, tile.rows] = block.tp()
                 counts[1, tile.part, tile.rows] = block.pred()
-        tp, pred = counts.sum(1).unbind() if wants[2] else (None, None)
-        return nll, smooth, tp, pred
+            if wants[3]:
+                counts[2, tile.part, tile.rows] = block.pred_sq()
+        tp, pred, pred_sq = counts.sum(1).unbind()
+        regions = (tp, pred) if wants[2] else (None, None)
+        return nll, smooth, *regions, pred_sq if wants[3] else None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,6 +269,9 @@ class _SoftmaxBlock(Part):
     def pred(self) -> Tensor:
         return (self.e * self.share).sum(-1)
 
+    def pred_sq(self) -> Tensor:
+        return (self.e * self.e * (self.share / self.z)).sum(-1)
+
     def tp(self) -> Tensor:
         if self.y is not None:
             return (self.e * self.share * self.y).sum(-1)
@@ -242,7 +279,12 @@ class _SoftmaxBlock(Part):
         return _class_sums(hit.squeeze(1), self.labels, self.x.shape[1])
 
     def gradient(
-        self, nll: Tensor | None, smooth: Tensor | None, tp: Tensor | None, pred: Tensor | None
+        self,
+        nll: Tensor | None,
+        smooth: Tensor | None,
+        tp: Tensor | None,
+        pred: Tensor | None,
+        pred_sq: Tensor | None,
     ) -> Tensor:
         r"""The gradient of the logits from those of the statistics.
 
@@ -262,6 +304,8 @@ class _SoftmaxBlock(Part):
             hit = self.e.gather(1, self.index) * self.share * tp.gather(1, self.labels)[:, None]
             rows.append(-hit)
             at_label.append(hit)
+        if pred_sq is not None:
+            each = 2 * pred_sq.unsqueeze(-1) * self.e / self.z + (0 if each is None else each)
         if each is not None:
             rows.append(-(self.e * each).sum(1, keepdim=True) * self.share)
         if nll is not None:

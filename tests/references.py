@@ -188,7 +188,7 @@ def cross_entropy(
 
 
 def region(
-    formula: Callable[[Any, Any, Any], Any],
+    formula: Callable[..., Any],
     x: Tensor,
     target: Tensor,
     *,
@@ -200,7 +200,7 @@ def region(
     absent: str = "skip",
     reduction: str = "mean",
 ) -> Tensor:
-    """``formula(tp, fp, fn)`` of each class, and the mean over classes (and images)."""
+    """``formula(tp, fp, fn, tn, squares)`` of each class, and their mean (over images, too)."""
     p = x.softmax(1) if mode == "multiclass" else x.sigmoid()
     y, w = targets_of(x, target, mode, ignore_index)
     if pixel_weight is not None:
@@ -210,16 +210,18 @@ def region(
     for images in groups:
         losses, weights = [], []
         for c in range(x.shape[1]):
-            tp = fp = fn = true = total = torch.zeros((), dtype=x.dtype)
+            tp = fp = fn = tn = true = total = squares = torch.zeros((), dtype=x.dtype)
             for b in images:
                 tp = tp + (w[b, c] * p[b, c] * y[b, c]).sum()
                 fp = fp + (w[b, c] * p[b, c] * (1 - y[b, c])).sum()
                 fn = fn + (w[b, c] * (1 - p[b, c]) * y[b, c]).sum()
+                tn = tn + (w[b, c] * (1 - p[b, c]) * (1 - y[b, c])).sum()
+                squares = squares + (w[b, c] * (p[b, c] ** 2 + y[b, c] ** 2)).sum()
                 true = true + (w[b, c] * y[b, c]).sum()
                 total = total + w[b, c].sum()
             weight = 1.0 if class_weights is None else class_weights[c]
             if true > 0:
-                losses.append(formula(tp, fp, fn))
+                losses.append(formula(tp, fp, fn, tn, squares))
             elif absent == "penalise":
                 losses.append(fp / total)
             else:
@@ -236,18 +238,132 @@ def region(
     return torch.stack(means).mean()
 
 
-def dice(smooth: float = 0.0) -> Callable[[Any, Any, Any], Any]:
-    return lambda tp, fp, fn: 1 - (2 * tp + smooth) / (2 * tp + fp + fn + smooth)
+def dice(smooth: float = 0.0) -> Callable[..., Any]:
+    return lambda tp, fp, fn, *_: 1 - (2 * tp + smooth) / (2 * tp + fp + fn + smooth)
 
 
-def jaccard(smooth: float = 0.0) -> Callable[[Any, Any, Any], Any]:
-    return lambda tp, fp, fn: 1 - (tp + smooth) / (tp + fp + fn + smooth)
+def jaccard(smooth: float = 0.0) -> Callable[..., Any]:
+    return lambda tp, fp, fn, *_: 1 - (tp + smooth) / (tp + fp + fn + smooth)
 
 
 def tversky(
     alpha: float = 0.5, beta: float = 0.5, gamma: float = 1.0, smooth: float = 0.0
-) -> Callable[[Any, Any, Any], Any]:
-    return lambda tp, fp, fn: (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)) ** gamma
+) -> Callable[..., Any]:
+    return lambda tp, fp, fn, *_: (
+        (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)) ** gamma
+    )
+
+
+def squared_dice(smooth: float = 0.0) -> Callable[..., Any]:
+    return lambda tp, fp, fn, tn, squares: 1 - (2 * tp + smooth) / (squares + smooth)
+
+
+def log_cosh_dice(smooth: float = 0.0) -> Callable[..., Any]:
+    return lambda *counts: dice(smooth)(*counts).cosh().log()
+
+
+def f1(beta: float = 1.0) -> Callable[..., Any]:
+    """From precision and recall."""
+
+    def formula(tp: Any, fp: Any, fn: Any, *_: Any) -> Any:
+        precision, recall = tp / (tp + fp), tp / (tp + fn)
+        return 1 - (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+    return formula
+
+
+def mcc(smooth: float = 1e-5) -> Callable[..., Any]:
+    """By way of the correlation's other form, of informedness and markedness."""
+
+    def formula(tp: Any, fp: Any, fn: Any, tn: Any, _: Any) -> Any:
+        tp, fp, fn, tn = (count + smooth for count in (tp, fp, fn, tn))
+        informedness = tp / (tp + fn) + tn / (tn + fp) - 1
+        markedness = tp / (tp + fp) + tn / (tn + fn) - 1
+        return 1 - informedness.sign() * (informedness * markedness).sqrt()
+
+    return formula
+
+
+def generalised_dice(
+    x: Tensor,
+    target: Tensor,
+    *,
+    mode: str = "multiclass",
+    ignore_index: int | None = None,
+    class_weights: list[float] | None = None,
+    pixel_weight: Tensor | None = None,
+) -> Tensor:
+    p = x.softmax(1) if mode == "multiclass" else x.sigmoid()
+    y, w = targets_of(x, target, mode, ignore_index)
+    if pixel_weight is not None:
+        w = w * pixel_weight.reshape(x.shape[0], 1, *x.shape[2:])
+    hits: Any = 0.0
+    area: Any = 0.0
+    for c in range(x.shape[1]):
+        true = (w[:, c] * y[:, c]).sum()
+        if true > 0:
+            weight = (1.0 if class_weights is None else class_weights[c]) / true**2
+            hits = hits + weight * (w[:, c] * p[:, c] * y[:, c]).sum()
+            area = area + weight * (w[:, c] * (p[:, c] + y[:, c])).sum()
+    return 1 - 2 * hits / area
+
+
+def lovasz(errors: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Of one class, ``(P,)``: the area under the Jaccard loss of the pixels with errors above t.
+
+    The Lovász extension as an integral over thresholds, in place of the sum over sorted errors.
+    """
+
+    def jaccard_loss(wrong: Tensor) -> Tensor:
+        inter = (weight * y * ~wrong).sum()
+        union = (weight * y).sum() + (weight * (1 - y) * wrong).sum()
+        return 1 - inter / union
+
+    total: Any = 0.0
+    below: Any = 0.0
+    for threshold in errors[errors > 0]:
+        higher = errors >= threshold.detach()
+        lower = errors[(errors > 0) & (errors < threshold.detach())]
+        below = lower.max() if len(lower) else 0.0
+        total = total + (threshold - below) * jaccard_loss(higher)
+    return torch.as_tensor(total)
+
+
+def signed_distance(inside: Tensor, outside: Tensor) -> Tensor:
+    """Of one mask ``(*)``, from every pixel to every other."""
+    result = torch.zeros(inside.shape, dtype=torch.float64)
+    if inside.any() and outside.any():
+        for place in torch.cartesian_prod(*(torch.arange(n) for n in inside.shape)).reshape(
+            -1, inside.dim()
+        ):
+            within = inside[tuple(place)]
+            others = (outside if within else inside).nonzero()
+            distance = (others - place).double().norm(dim=1).min()
+            result[tuple(place)] = 1 - distance if within else distance
+    return result
+
+
+def skeleton(mask: Tensor, iterations: int) -> Tensor:
+    """Of masks ``(B, C, H, W)`` or ``(B, C, D, H, W)``, by pooling as in the paper."""
+    rank = mask.dim() - 2
+    pooling: Any = F.max_pool2d if rank == 2 else F.max_pool3d
+
+    def erode(mask: Tensor) -> Tensor:
+        least = mask
+        for dim in range(rank):
+            kernel = [3 if d == dim else 1 for d in range(rank)]
+            padding = [k // 2 for k in kernel]
+            least = torch.minimum(least, -pooling(-mask, kernel, stride=1, padding=padding))
+        return least
+
+    def lost(mask: Tensor) -> Tensor:
+        return (mask - pooling(erode(mask), 3, stride=1, padding=1)).relu()
+
+    result = lost(mask)
+    for _ in range(iterations):
+        mask = erode(mask)
+        result = result + (lost(mask) - result * lost(mask)).relu()
+    return result
 
 
 def boxes(kind: str, a: Tensor, b: Tensor, **options: float) -> Tensor:

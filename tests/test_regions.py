@@ -1,7 +1,8 @@
-"""Dice, Jaccard, Tversky and focal Tversky losses."""
+"""Losses that are formulas on the counts of each class."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,8 +13,13 @@ from torch import Tensor
 import references
 from detseg_losses import (
     dice_loss,
+    f1_loss,
     focal_tversky_loss,
+    generalised_dice_loss,
     jaccard_loss,
+    log_cosh_dice_loss,
+    mcc_loss,
+    squared_dice_loss,
     statistics,
     tversky_loss,
 )
@@ -29,6 +35,13 @@ LOSSES: dict[str, tuple[Any, dict[str, float], Any]] = {
     "unequal sum": (tversky_loss, {"alpha": 1.5, "beta": 0.25}, references.tversky(1.5, 0.25)),
     "focal_tversky": (focal_tversky_loss, {}, references.tversky(0.3, 0.7, 0.75)),
     "focusing": (focal_tversky_loss, {"gamma": 2.0}, references.tversky(0.3, 0.7, 2.0)),
+    "squared_dice": (squared_dice_loss, {}, references.squared_dice()),
+    "smooth squared_dice": (squared_dice_loss, {"smooth": 1.0}, references.squared_dice(1.0)),
+    "log_cosh_dice": (log_cosh_dice_loss, {}, references.log_cosh_dice()),
+    "f1": (f1_loss, {}, references.f1()),
+    "f2": (f1_loss, {"beta": 2.0}, references.f1(2.0)),
+    "mcc": (mcc_loss, {}, references.mcc()),
+    "smooth mcc": (mcc_loss, {"smooth": 1.0}, references.mcc(1.0)),
 }
 
 
@@ -69,7 +82,7 @@ def test_modes(name: str, mode: str, ignore_index: int | None) -> None:
 @pytest.mark.parametrize("absent", ["skip", "penalise"])
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", ["dice", "smooth jaccard", "focal_tversky"])
+@pytest.mark.parametrize("name", ["dice", "smooth jaccard", "focal_tversky", "squared_dice", "mcc"])
 def test_options(name: str, weighted: bool, per_image: bool, absent: str, reduction: str) -> None:
     loss, own, formula = LOSSES[name]
     x, y = sample("multiclass", 3, 4, ignore_index=255)
@@ -148,6 +161,135 @@ def test_identities() -> None:
     )
     d = dice_loss(x, y, reduction="none")
     assert_same(jaccard_loss(x, y, reduction="none"), 2 * d / (1 + d))
+
+    assert_same(
+        value_and_grad(f1_loss, x, y, smooth=1.0), value_and_grad(dice_loss, x, y, smooth=1.0)
+    )
+    assert_same(
+        value_and_grad(f1_loss, x, y, beta=3),
+        value_and_grad(tversky_loss, x, y, alpha=0.1, beta=0.9),
+    )
+    assert_same(log_cosh_dice_loss(x, y, reduction="none"), d.cosh().log())
+    hard = torch.nn.functional.one_hot(y, 3).movedim(-1, 1) * 2e4 - 1e4
+    assert_same(squared_dice_loss(-hard.double(), y), dice_loss(-hard.double(), y))
+
+
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("mode", ["multiclass", "binary", "multilabel"])
+def test_generalised_dice(mode: str, ignore_index: int | None) -> None:
+    x, y = sample(mode, 4, 5, ignore_index=ignore_index)
+    options: dict[str, Any] = {"mode": mode, "ignore_index": ignore_index}
+    for more in ({}, {"class_weights": WEIGHTS[: x.shape[1]]}):
+        options |= more
+        assert_same(
+            value_and_grad(generalised_dice_loss, x, y, **options),
+            value_and_grad(lambda x: references.generalised_dice(x, y, **options), x),  # noqa: B023
+        )
+    if mode == "binary":
+        assert_same(generalised_dice_loss(x, y, **options), dice_loss(x, y, **options))
+
+
+def test_generalised_dice_of_absent_classes() -> None:
+    """The lack of a class changes nothing, or costs what it costs the other losses."""
+    x, y = sample("multiclass", 4, 5)
+    y %= 2
+    expected = references.generalised_dice(x, y)
+    assert_same(generalised_dice_loss(x, y), expected)
+    each = generalised_dice_loss(x, y, absent="penalise", reduction="none")
+    assert_same(each, torch.stack((expected, expected, x.softmax(1)[:, 2].mean())))
+    assert_same(generalised_dice_loss(x, y, absent="penalise"), each.mean())
+    assert generalised_dice_loss(x, torch.full_like(y, 255), ignore_index=255) == 0
+
+
+def test_generalised_dice_of_extreme_sizes() -> None:
+    """One pixel in a million, or a class worth next to nothing: finite, and it counts."""
+    x = torch.zeros(1, 2, 1000, 1000)
+    y = torch.zeros(1, 1000, 1000, dtype=torch.long)
+    y[0, 5, 5] = 1
+    value, grad = value_and_grad(generalised_dice_loss, x, y)
+    expected = references.generalised_dice(x.double(), y)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    value, grad = value_and_grad(
+        generalised_dice_loss, x, y, pixel_weight=torch.full((1, 1000, 1000), 1e-25)
+    )
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=0)
+    assert grad.isfinite().all()
+    for scale in (40.0, 1e4):
+        x = (torch.stack((1 - y, y), 1) * 2 - 1) * scale
+        for sign in (1, -1):
+            value, grad = value_and_grad(generalised_dice_loss, sign * x, y)
+            torch.testing.assert_close(value, torch.tensor(float(sign < 0)))
+            assert grad.isfinite().all()
+
+
+def test_equal_to_monai_generalised_dice() -> None:
+    monai = pytest.importorskip("monai.losses")
+    x, y = sample("multiclass", 6, 7)
+    peer = monai.GeneralizedDiceLoss(
+        softmax=True, to_onehot_y=True, batch=True, smooth_nr=0, smooth_dr=0
+    )
+    assert_same(
+        value_and_grad(generalised_dice_loss, x, y),
+        value_and_grad(lambda x: peer(x, y.unsqueeze(1)), x),
+        rtol=1e-5,
+    )
+
+
+def test_squared_dice_is_equal_to_monai() -> None:
+    monai = pytest.importorskip("monai.losses")
+    x, y = sample("multiclass", 6, 7)
+    peer = monai.DiceLoss(
+        softmax=True, to_onehot_y=True, batch=True, squared_pred=True, smooth_nr=1, smooth_dr=1
+    )
+    torch.testing.assert_close(  # MONAI's one-hot masks are float32
+        value_and_grad(squared_dice_loss, x, y, smooth=1),
+        value_and_grad(lambda x: peer(x, y.unsqueeze(1)), x),
+        rtol=1e-5,
+        atol=1e-8,
+    )
+
+
+def test_squared_dice_of_a_soft_target_is_0_where_it_is_met() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    y = x.softmax(1)
+    value, grad = value_and_grad(squared_dice_loss, x, y, mode="multiclass")
+    torch.testing.assert_close(value, torch.zeros_like(value))
+    torch.testing.assert_close(grad, torch.zeros_like(grad))
+    assert dice_loss(x, y, mode="multiclass") > 0.1
+
+
+def test_mcc_is_equal_to_smp() -> None:
+    """Which takes probabilities, of one class."""
+    x, y = sample("binary", 6, 7)
+    assert_same(
+        value_and_grad(mcc_loss, x, y),
+        value_and_grad(lambda x: smp.MCCLoss()(x.sigmoid(), y), x),
+    )
+
+
+def test_mcc_by_hand() -> None:
+    """tp = 3, fp = 1, fn = 2, tn = 4; a guess; a class and its complement; a class everywhere."""
+    y = torch.tensor([[1, 1, 1, 0, 1, 1, 0, 0, 0, 0]])
+    x = torch.tensor([[[1, 1, 1, 1, -1, -1, -1, -1, -1, -1]]]) * 40.0
+    expected = 1 - (3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6)
+    assert_same(mcc_loss(x, y).item(), expected, 1e-5)
+    assert_same(mcc_loss(-x, 1 - y).item(), expected, 1e-5)
+    assert_same(mcc_loss(-x, y).item(), 2 - expected, 1e-5)
+    assert_same(mcc_loss(torch.zeros(1, 1, 10), y).item(), 1.0, 1e-5)
+    assert_same(mcc_loss(x.abs(), torch.ones_like(y)).item(), 0.5, 1e-5)
+
+
+def test_mcc_of_large_images() -> None:
+    """Of saturated logits: what rounding leaves of a count is never below 0."""
+    y = torch.zeros(1, 1024, 1024, dtype=torch.long)
+    y[0, :, :3] = 1
+    for scale in (5.0, 20.0, 1e4):
+        for sign in (1, -1):
+            x = (y.unsqueeze(1) * 2 - 1) * scale * sign
+            value, grad = value_and_grad(mcc_loss, x, y)
+            expected = references.region(references.mcc(), x.double(), y, mode="binary")
+            torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
+            assert grad.isfinite().all()
 
 
 def test_alpha_is_of_false_positives() -> None:
@@ -241,7 +383,8 @@ def test_perfect_and_worst_predictions(name: str) -> None:
             value, grad = value_and_grad(loss, sign * x, y, **own)
             assert grad.isfinite().all()
             if "smooth" not in name:
-                torch.testing.assert_close(value, torch.tensor(float(sign < 0)))
+                worst = {"mcc": 2.0, "log_cosh_dice": math.log(math.cosh(1))}.get(name, 1.0)
+                torch.testing.assert_close(value, torch.tensor(worst * (sign < 0)))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -278,5 +421,9 @@ def test_errors() -> None:
         dice_loss(x, y, mode="multilabel")
     with pytest.raises(ValueError, match="pixel_weight requires grad"):
         dice_loss(x, y, pixel_weight=torch.ones(2, 4, requires_grad=True))
+    with pytest.raises(ValueError, match="beta must be positive: 0"):
+        f1_loss(x, y, beta=0)
+    with pytest.raises(ValueError, match="smooth must be positive: 0"):
+        mcc_loss(x, y, smooth=0)
     with pytest.raises(ValueError, match="target holds 7,"):
         dice_loss(x, y + 7)

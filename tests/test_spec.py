@@ -12,8 +12,10 @@ from torch import Tensor
 
 from detseg_losses import (
     CEDiceLoss,
+    ComboLoss,
     LossSum,
     SpecError,
+    UnifiedFocalLoss,
     binary_cross_entropy_loss,
     build_loss,
     cross_entropy_loss,
@@ -328,3 +330,41 @@ def test_a_bad_value_shows_before_the_first_step(spec, message):
 )
 def test_good_values_in_every_mode_are_accepted(spec):
     assert repr(build_loss(repr(build_loss(spec)))) == repr(build_loss(spec))
+
+
+def test_combo_loss() -> None:
+    """From the paper's formula, less Dice being subtracted from 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 4, 5, dtype=torch.float64, generator=generator)
+    y = torch.randint(0, 2, (2, 4, 5), generator=generator)
+    p, t = x[:, 0].sigmoid(), y.double()
+    bce = -(0.7 * t * p.log() + 0.3 * (1 - t) * (1 - p).log()).mean()
+    dice = (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+    loss = ComboLoss(alpha=0.4, beta=0.7, smooth=1.0, ignore_index=255)
+    torch.testing.assert_close(loss(x, y), 0.4 * bce + 0.6 * (1 - dice))
+    assert repr(build_loss(repr(loss), kind="segmentation")) == repr(loss)
+    for options in ({"alpha": 2}, {"beta": 1}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            ComboLoss(**options)
+    with pytest.raises(TypeError, match="no option 'gamma'"):
+        ComboLoss(gamma=1)
+
+
+def test_unified_focal_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=generator)
+    y = torch.randint(0, 3, (2, 4, 5), generator=generator)
+    p = x.softmax(1)
+    of_target = p.gather(1, y.unsqueeze(1))
+    focal = (-0.8 * (1 - of_target) ** 0.7 * of_target.log()).mean()
+    parts = []
+    for c in range(3):
+        q, t = p[:, c], (y == c).double()
+        tp, fn, fp = (q * t).sum(), ((1 - q) * t).sum(), (q * (1 - t)).sum()
+        parts.append((1 - tp / (tp + 0.8 * fn + 0.2 * fp)) ** 0.3)
+    loss = UnifiedFocalLoss(weight=0.6, delta=0.8, gamma=0.3)
+    torch.testing.assert_close(loss(x, y), 0.6 * focal + 0.4 * torch.stack(parts).mean())
+    assert len(loss.groups) == 1  # one pass over the logits
+    for options in ({"weight": 2}, {"delta": -1}, {"gamma": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            UnifiedFocalLoss(**options)

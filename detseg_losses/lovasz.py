@@ -1,0 +1,123 @@
+"""The Lovász losses: convex surrogates of the Jaccard index, of errors in the order of their size.
+
+The losses are linear in the errors once these are sorted, so the factors of the errors are found
+without a graph, and one pass over the logits does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .base import WHOLE, Loss, divide, processes, register
+from .layout import Batch, Part
+from .pointwise import Formula, Label, Sigmoid, pointwise
+from .regions import RegionOptions, region_batch, regions
+from .statistics import measure, weighted_counts
+
+
+def lovasz_loss(
+    logits: Tensor,
+    target: Tensor | None = None,
+    **options: Unpack[RegionOptions],
+) -> Tensor:
+    r"""The Lovász extension of one minus the Jaccard index of each class (Berman et al.,
+    arXiv:1705.08790).
+
+    .. math:: \sum_i m_{\pi_i} \left(J(\{\pi_1 \dots \pi_i\}) - J(\{\pi_1 \dots \pi_{i-1}\})\right)
+
+    where :math:`\pi` sorts the errors m from large to small, and J is the Jaccard loss when the
+    pixels of a set, and no others, are wrong. The errors are :math:`|y - p|` of a softmax over
+    classes (Lovász-Softmax), and :math:`\max(0, 1 - x (2 y - 1))` of binary and multilabel logits
+    (Lovász hinge). For the last points of mean IoU, after or beside a pixel loss.
+
+    Args:
+        logits: raw scores, ``(B, C, *)``.
+        target: class indices ``(B, *)``, or values of the logits' shape, which are rounded.
+        **options: see :class:`~detseg_losses.regions.RegionOptions`. The Jaccard index of
+            ``pixel_weight`` counts each pixel as often as its weight says. ``sync`` over several
+            processes needs ``per_image``, for there is no sorting across processes.
+
+    Raises:
+        ValueError: on ``sync`` over several processes without ``per_image``, shapes that do not
+            fit, a mode that cannot be told, or a label out of range.
+    """
+    per_image = options.get("per_image", False)
+    if not per_image and processes(options.get("sync", False)) > 1:
+        raise ValueError("sync=True: lovasz sorts the pixels of a process; pass per_image=True")
+    batch = region_batch(logits, target, options)
+    y = batch.masks()
+    batch = replace(batch, target=y)
+    factor = _factors(batch, per_image)
+    sign = 1 - 2 * y.to(batch.dtype)
+    if batch.mode == "multiclass":
+        s = weighted_counts(batch, factor * sign)
+        hits = factor * y
+        s.tp = s.tp + (hits if batch.weight is None else hits * batch.weight).sum(-1)
+    else:
+        s = measure(batch, ["regions"])
+        (s.tp,) = pointwise(replace(batch, target=-factor * sign), [Hinge()])
+    r = regions(s, None, **options)
+    return r.reduce(r.tp)
+
+
+@dataclass(frozen=True)
+class Hinge(Formula):
+    """The hinge loss of the sign of y, times the size of y."""
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        assert isinstance(y, Tensor)
+        return (y.abs() - s.x * y).relu()
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        assert isinstance(y, Tensor)
+        return torch.where(y.abs() > s.x * y, -y, 0)
+
+
+@torch.no_grad()
+def _factors(batch: Batch, per_image: bool) -> Tensor:
+    """What a weighted pixel's error is multiplied with, ``(B, C, P)``."""
+    part = Part(WHOLE, batch.logits.detach(), batch.target, batch.weight)
+    assert part.y is not None
+    if batch.mode == "multiclass":
+        errors = (part.y - part.x.softmax(1)).abs()
+    else:
+        errors = 1 - part.x * (2 * part.y - 1)
+    hits = part.weighted(part.y)
+    misses = part.weighted(1 - part.y)
+    if per_image:
+        return jaccard_slopes(errors, hits, misses)
+    images = errors.shape[0]
+    whole = (values.transpose(0, 1).flatten(1) for values in (errors, hits, misses))
+    return jaccard_slopes(*whole).unflatten(1, (images, errors.shape[2])).transpose(0, 1)
+
+
+def jaccard_slopes(errors: Tensor, hits: Tensor, misses: Tensor) -> Tensor:
+    """How fast the Jaccard loss grows with the weight of each pixel as the pixels turn wrong, those
+    of large errors first.
+
+    Args:
+        errors: ``(*, N)``.
+        hits: the weights of the pixels of the class, 0 of others, ``(*, N)``.
+        misses: the weights of the other pixels, 0 of those of the class, ``(*, N)``.
+    """
+    order = errors.argsort(-1, descending=True)
+    hits, misses = hits.gather(-1, order), misses.gather(-1, order)
+    true = hits.sum(-1, keepdim=True)
+    found = (true - hits.cumsum(-1)).clamp(min=0)  # rounding
+    union = true + misses.cumsum(-1)
+    # The difference of two ratios without the cancellation: a hit leaves the union as it is, and
+    # a miss the intersection.
+    slopes = divide(torch.where(hits > 0, 1, divide(found, union - misses)), union)
+    return torch.empty_like(errors).scatter_(-1, order, slopes)
+
+
+@register("lovasz", "segmentation")
+class LovaszLoss(Loss):
+    """Module form of :func:`lovasz_loss`."""
+
+    function = staticmethod(lovasz_loss)
+    common = staticmethod(regions)
