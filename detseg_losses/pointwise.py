@@ -9,6 +9,7 @@ the one positive of a row is then set from its own formula.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
@@ -56,25 +57,31 @@ class Sigmoid:
         self.differentiable = x.requires_grad and torch.is_grad_enabled()
 
     @lazy
+    def e(self) -> Tensor:
+        """exp(x), finite."""
+        return self.x.clamp(max=math.log(torch.finfo(self.x.dtype).max) - 8).exp_()
+
+    @lazy
+    def more(self) -> Tensor:
+        """1 + exp(x), rounded."""
+        return self.e + 1
+
+    @lazy
     def p(self) -> Tensor:
-        return self.x.sigmoid()
+        return self.x.sigmoid() if self.differentiable else self.e * self.q
 
     @lazy
     def q(self) -> Tensor:
-        return (-self.x).sigmoid()
+        return (-self.x).sigmoid() if self.differentiable else self.more.reciprocal()
 
     @lazy
     def neg(self) -> Tensor:
         if self.differentiable:
             return F.softplus(self.x)
-        e = self.x.clamp(max=80).exp_()
-        more = e + 1
-        neg = more.log()
-        self.q = more.reciprocal()
         # The logarithm of the rounded sum, and the effect of rounding: right to 2e-7 relative, and
-        # on many CPUs several times faster than log1p. Beyond 80, softplus(x) = x.
-        neg.addcmul_(e - more.sub_(1), self.q)
-        self.p = e.mul_(self.q)
+        # on many CPUs several times faster than log1p. Where e is no longer exp(x) it is x itself.
+        rounding = (self.more - 1).sub_(self.e)
+        neg = self.more.log().addcmul_(rounding, self.q, value=-1)
         return torch.maximum(neg, self.x, out=neg)
 
     @lazy
