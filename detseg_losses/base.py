@@ -20,6 +20,11 @@ Reduction = Literal["none", "mean", "sum"]
 # the caches, so that a long chain of operations reads the logits from memory once.
 BLOCK = 1 << 18
 
+# glibc's malloc returns the memory of a freed block to the system at once, and to be given it back
+# costs several times what a computation on it does. Once a chunk of nearly 32 MB (its limit) has
+# been freed, it keeps that much for reuse.
+torch.empty(31 << 20, dtype=torch.uint8)
+
 
 Curve = Literal["linear", "cosine"]
 

@@ -303,14 +303,16 @@ class CrossEntropy(Formula):
     pos_weight: Tensor | float
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
+        if not isinstance(self.pos_weight, Tensor) and self.pos_weight == 1:
+            return s.cross_entropy(y)
         if isinstance(y, Tensor):
-            return s.neg * (1 - y) + s.pos * y * column(self.pos_weight)
+            return mix(s.neg, s.pos * column(self.pos_weight), y)
         return s.pos * column(self.pos_weight) if y else s.neg
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         if isinstance(y, Tensor):
-            return s.p * (1 - y) - s.q * y * column(self.pos_weight)
-        return -s.q * column(self.pos_weight) if y else s.p
+            return mix(s.p, s.q * -column(self.pos_weight), y)
+        return s.q * -column(self.pos_weight) if y else s.p
 
 
 @dataclass(frozen=True)
@@ -332,12 +334,12 @@ class Focal(Formula):
             if self.gamma < 1:  # whatever underflows in missed does so in p q, too
                 missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)
             factor = power(missed, self.gamma - 1)
-            tilt = s.p * s.q * mix(1, -1, y)  # the slope of missed
+            tilt = s.spread * mix(1, -1, y)  # the slope of missed
             rise = mix(s.p, -s.q, y)  # that of the cross entropy
             return self.weighted(
                 factor * torch.addcmul(missed * rise, tilt, ce, value=self.gamma), y
             )
-        slope = torch.addcmul(missed, s.p if y else s.q, ce, value=self.gamma)
+        slope = torch.addcmul(missed, 1 - missed, ce, value=self.gamma)
         slope = power(missed, self.gamma) * slope
         return self.weighted(-slope if y else slope, y)
 
@@ -371,7 +373,7 @@ class QualityFocal(Formula):
         rise, ce = error(s, y), s.cross_entropy(y)
         missed = rise.abs()
         factor = power(missed.clamp(min=torch.finfo(missed.dtype).tiny), self.beta - 1)
-        tilt = s.p * s.q * rise.sign()  # the slope of missed
+        tilt = s.spread * rise.sign()  # the slope of missed
         return factor * torch.addcmul(missed * rise, tilt, ce, value=self.beta)
 
 
@@ -425,7 +427,7 @@ class Asymmetric(Formula):
             return self.unshifted(y).slope(s, y)
         right = self.right(s)
         missed = (1 - right).clamp(min=torch.finfo(right.dtype).tiny)
-        factor = power(missed, self.gamma_neg - 1) * s.p * s.q
+        factor = power(missed, self.gamma_neg - 1) * s.spread
         slope = factor * torch.sub(missed / right, right.log(), alpha=self.gamma_neg)
         return torch.where(right < 1, slope, 0)
 
@@ -452,7 +454,7 @@ class PolyFocal(Focal):
         return self.weighted(power(missed, self.gamma) * terms, y)
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        tilt = s.p * s.q * (1 - 2 * y)  # the slope of missed
+        tilt = s.spread * (1 - 2 * y)  # the slope of missed
         scale = self.epsilon * (self.gamma + 1)
         rest = self.weighted(power(s.missed(y), self.gamma) * tilt * scale, y)
         return super().slope(s, y) + rest
@@ -477,7 +479,7 @@ class Harmonised(Formula):
     def counts(self, batch: Batch) -> Tensor:
         """The weights of the entries in each bin, added up."""
         logits = batch.logits.detach()
-        weight = logits.new_ones(1, 1, 1) if batch.weight is None else batch.weight
+        weight = logits.new_ones(len(logits), 1, 1) if batch.weight is None else batch.weight
         counts = logits.new_zeros(self.bins, dtype=batch.dtype)
         for tile in blocks(logits):
             x, w = tile.of(logits), tile.of(weight)

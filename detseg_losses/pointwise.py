@@ -46,6 +46,7 @@ class Sigmoid:
     Attributes:
         p: sigmoid(x).
         q: sigmoid(-x), which is 1 - p without the cancellation.
+        spread: p q, the slope of p.
         neg: softplus(x) = -log q, the cross entropy of a negative.
         pos: softplus(-x) = -log p, the cross entropy of a positive.
     """
@@ -57,55 +58,57 @@ class Sigmoid:
         self.differentiable = x.requires_grad and torch.is_grad_enabled()
 
     @lazy
-    def e(self) -> Tensor:
-        """exp(x), finite."""
-        return self.x.clamp(max=math.log(torch.finfo(self.x.dtype).max) - 8).exp_()
-
-    @lazy
-    def more(self) -> Tensor:
-        """1 + exp(x), rounded."""
-        return self.e + 1
-
-    @lazy
     def p(self) -> Tensor:
-        return self.x.sigmoid() if self.differentiable else self.e * self.q
+        return self.x.sigmoid()
 
     @lazy
     def q(self) -> Tensor:
-        return (-self.x).sigmoid() if self.differentiable else self.more.reciprocal()
+        return (-self.x).sigmoid()
+
+    @lazy
+    def spread(self) -> Tensor:
+        """The slope of p."""
+        return self.p * self.q
 
     @lazy
     def neg(self) -> Tensor:
-        if self.differentiable:
-            return F.softplus(self.x)
-        # The logarithm of the rounded sum, and the effect of rounding: right to 2e-7 relative, and
-        # on many CPUs several times faster than log1p. Where e is no longer exp(x) it is x itself.
-        rounding = (self.more - 1).sub_(self.e)
-        neg = self.more.log().addcmul_(rounding, self.q, value=-1)
-        return torch.maximum(neg, self.x, out=neg)
+        return F.softplus(self.x) if self.differentiable else softplus(self.x)
 
     @lazy
     def pos(self) -> Tensor:
-        return F.softplus(-self.x) if self.differentiable else (-self.x).relu_().add_(self.rest)
-
-    @lazy
-    def rest(self) -> Tensor:
-        """``log(1 + exp(-|x|)) = -log(1 - min(p, q))``: softplus(x) - relu(x) and for -x alike."""
-        less = torch.minimum(self.p, self.q)
-        more = 1 - less
-        rounding = less.sub_(1 - more)
-        return rounding.div_(more).sub_(more.log_())
+        return F.softplus(-self.x) if self.differentiable else softplus(-self.x)
 
     def missed(self, y: Label) -> Tensor:
         """The probability of the wrong answer."""
-        return mix(self.p, self.q, y)
+        if isinstance(y, Tensor):
+            return mix(self.p, self.q, y)
+        return self.q if y else self.p
 
     def cross_entropy(self, y: Label) -> Tensor:
         if not isinstance(y, Tensor):
             return self.pos if y else self.neg
         if self.differentiable:
             return F.softplus(self.x) - self.x * y
-        return torch.addcmul(self.x.relu(), self.x, y, value=-1).add_(self.rest)
+        rest = log1p(self.x.abs().neg_().exp_())  # what either softplus is more than its relu
+        return self.x.relu().addcmul_(self.x, y, value=-1).add_(rest)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``, without a graph."""
+    limit = math.log(torch.finfo(x.dtype).max) - 8  # beyond it, softplus(x) = x
+    result = log1p(x.clamp(max=limit).exp_())
+    return torch.maximum(result, x, out=result)
+
+
+def log1p(e: Tensor) -> Tensor:
+    """``log(1 + e)`` of what is not negative, without a graph: right to 2e-7 relative.
+
+    The logarithm of the rounded sum and the effect of rounding, for ``torch.log1p`` takes as long
+    as ten exponentials on some CPUs.
+    """
+    more = e + 1
+    rounding = (more - 1).sub_(e)
+    return more.log().addcdiv_(rounding, more, value=-1)
 
 
 def mix(negative: Any, positive: Any, y: Label) -> Any:
@@ -163,7 +166,7 @@ class Predicted(Formula):
         return s.p
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p * s.q
+        return s.spread
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class TruePositive(Formula):
         return s.p * y
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p * s.q * y
+        return s.spread * y
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ class Squared(Formula):
         return s.p * s.p
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return 2 * s.p * s.p * s.q
+        return 2 * s.p * s.spread
 
 
 def pointwise(
@@ -289,19 +292,29 @@ class _SigmoidBlock(Part):
     def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
         super().__init__(tile, logits, target, weight)
         self.s = Sigmoid(self.x)
-        if self.y is None:
-            label = self.labels.unsqueeze(1)
-            self.positive = label >= 0
-            self.index = label.clamp(min=0)
+        self.whole = tile is WHOLE
+        if self.y is not None:
+            return
+        # The one positive of a row. Where only the CPU need know how many there are, those alone.
+        self.positive = self.labels >= 0
+        if self.whole:
+            self.index = self.labels.clamp(min=0).unsqueeze(1)
             self.at_index = Sigmoid(self.x.gather(1, self.index))
+        else:
+            images, places = (i.unsqueeze(0) for i in self.positive.nonzero(as_tuple=True))
+            self.entries = images, self.labels[images, places], places
+            self.at_index = Sigmoid(self.x[self.entries])
 
     def evaluate(self, formula: Formula, method: Literal["value", "slope"]) -> Tensor:
         """Its weighted values or slopes, ``(b, C, n)``."""
         result = getattr(formula, method)(self.s, 0 if self.y is None else self.y)
-        if self.y is None:
+        if self.y is None and self.whole:
             ones = getattr(formula.of_classes(self.index), method)(self.at_index, 1)
-            chosen = torch.where(self.positive, ones, result.gather(1, self.index))
-            if self.s.differentiable or any(result is shared for shared in vars(self.s).values()):
+            chosen = torch.where(self.positive.unsqueeze(1), ones, result.gather(1, self.index))
+            result = result.scatter(1, self.index, chosen)
+        elif self.y is None:
+            if any(result is shared for shared in vars(self.s).values()):
                 result = result.clone()
-            result = result.scatter_(1, self.index, chosen)
+            classes = self.entries[1]
+            result[self.entries] = getattr(formula.of_classes(classes), method)(self.at_index, 1)
         return self.weighted(result)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -108,8 +110,11 @@ def measure(
         weights = batch.per_class(class_weights)
         wants = ("nll" in needs, "smooth" in needs, "regions" in needs, "squares" in needs)
         if any(wants):
-            found = _Softmax.apply(batch.logits, batch.target, batch.weight, weights, wants)
-            result.nll, result.smooth, result.tp, result.pred, result.pred_sq = found
+            tensors = batch.logits, batch.target, batch.weight, weights
+            # Maps alone are kept by the formulas on them: not the exponentials as well.
+            keep = "regions" in needs and batch.logits.requires_grad and torch.is_grad_enabled()
+            result.nll, result.smooth, *counts, _ = _Softmax.apply(*tensors, wants, keep)
+            result.tp, result.pred, result.pred_sq = counts
     elif needs & {"nll", "smooth"}:
         raise ValueError(
             f"a softmax over classes has no meaning in mode {batch.mode!r}; use 'bce' or 'focal', "
@@ -157,11 +162,12 @@ def _true(batch: Batch, power: int = 1) -> Tensor:
 def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Sum values ``(B, P)`` by label: ``(B, C)``.
 
-    By way of bins of some 1024 values: one long chain of float32 additions would lose digits.
+    By way of bins of 1024 values: one long chain of float32 additions would lose digits.
     """
     images, places = labels.shape
     bins = places // 1024 + 1
-    index = labels + torch.arange(places, device=labels.device) % bins * classes
+    starts = torch.arange(0, bins * classes, classes, device=labels.device)
+    index = labels + starts.repeat_interleave(1024)[:places]
     sums = values.new_zeros(images, bins * classes).scatter_add(1, index, values)
     return sums.view(images, bins, classes).sum(1)
 
@@ -178,15 +184,21 @@ class _Softmax(torch.autograd.Function):
         weight: Tensor | None,
         class_weights: Tensor | None,
         wants: tuple[bool, bool, bool, bool],
+        keep: bool,
     ) -> tuple[Tensor | None, ...]:
         images, classes, places = logits.shape
         dtype = compute_dtype(logits.dtype)
         tiles = blocks(logits)
+        # Time is dear on the CPU, elsewhere it is memory.
+        keep = keep and tiles[0] is not WHOLE and logits.dtype == dtype
+        kept = torch.empty_like(logits) if keep else None
         nll = logits.new_empty((images, places), dtype=dtype) if wants[0] else None
         smooth = logits.new_empty((images, places), dtype=dtype) if wants[1] else None
         counts = logits.new_zeros((3, tiles[-1].part + 1, images, classes), dtype=dtype)
         for tile in tiles:
             block = _SoftmaxBlock(tile, logits, target, weight, class_weights)
+            if kept is not None:
+                tile.of(kept).copy_(block.e)
             if nll is not None:
                 tile.of(nll).copy_(block.nll())
             if smooth is not None:
@@ -198,26 +210,38 @@ class _Softmax(torch.autograd.Function):
                 counts[2, tile.part, tile.rows] = block.pred_sq()
         tp, pred, pred_sq = counts.sum(1).unbind()
         regions = (tp, pred) if wants[2] else (None, None)
-        return nll, smooth, *regions, pred_sq if wants[3] else None
+        return nll, smooth, *regions, pred_sq if wants[3] else None, kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _ = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *tensors, _, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
+        ctx.kept = output[-1]
+        if ctx.kept is not None:
+            ctx.mark_non_differentiable(ctx.kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, *others = ctx.saved_tensors
+        logits, target, weight, class_weights = ctx.saved_tensors
+        others = target, weight, class_weights
+        nothing = (None,) * 5
+        grads = grads[:-1]
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
             gradient = _SoftmaxBlock(WHOLE, logits, *others).gradient(*grads)
-            return gradient.to(logits.dtype), None, None, None, None
-        result = torch.empty_like(logits)
+            return gradient.to(logits.dtype), *nothing
+        # The gradient is written over what was kept; another backward computes that anew.
+        kept = ctx.kept
+        if kept is not None:
+            ctx.kept = None
+        result = torch.empty_like(logits) if kept is None else kept
         for tile in blocks(logits):
             maps = (None if g is None else tile.of(g) for g in grads[:2])
             counts = (None if g is None else g[tile.rows] for g in grads[2:])
-            tile.of(result).copy_(_SoftmaxBlock(tile, logits, *others).gradient(*maps, *counts))
-        return result, None, None, None, None
+            e = None if kept is None else tile.of(kept)
+            gradient = _SoftmaxBlock(tile, logits, *others, e=e).gradient(*maps, *counts)
+            tile.of(result).copy_(gradient)
+        return result, *nothing
 
 
 class _SoftmaxBlock(Part):
@@ -233,12 +257,15 @@ class _SoftmaxBlock(Part):
         target: Tensor,
         weight: Tensor | None,
         class_weights: Tensor | None,
+        e: Tensor | None = None,
     ) -> None:
         super().__init__(tile, logits, target, weight)
-        self.top = self.x.amax(1, keepdim=True)
-        self.e = (self.x - self.top).exp_()
-        self.z = self.e.sum(1, keepdim=True)
-        self.share = self.weighted(1 / self.z)  # w / z: what each e counts
+        if e is None:
+            self.top = self.x.amax(1, keepdim=True)
+            e = (self.x - self.top).exp_()
+        self.e = e
+        self.z = e.sum(1, keepdim=True)
+        self.share = self.weighted(self.z.reciprocal())  # w / z: what each e counts
         self.class_weights = None if class_weights is None else class_weights[:, None]
         if self.y is None:
             self.index = self.labels.unsqueeze(1)
@@ -321,10 +348,10 @@ class _SoftmaxBlock(Part):
             smooth, weights = self.counted(smooth).unsqueeze(1), self.smooth_weights()
             rows.append(smooth * weights.sum())
             rest.append(-smooth * weights)
-        row = sum(rows) / self.z
+        row = reduce(add, rows) / self.z
         gradient = self.e * (row if each is None else torch.addcmul(row, each, self.share))
         if rest:
-            gradient = gradient + sum(rest)
+            gradient = gradient + reduce(add, rest)
         if at_label:
-            gradient = gradient.scatter_add_(1, self.index, torch.stack(at_label).sum(0))
+            gradient = gradient.scatter_add_(1, self.index, reduce(add, at_label))
         return gradient

@@ -412,7 +412,7 @@ class Overlap(Formula):
         return s.p.clamp(max=y)
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p * s.q * ((y - s.p).sign() + 1) / 2  # half of it where both are equal
+        return s.spread * ((y - s.p).sign() + 1) / 2  # half of it where both are equal
 
 
 @dataclass(frozen=True)

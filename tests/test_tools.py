@@ -350,7 +350,7 @@ def one_step(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def assert_same_step(one: Path, other: Path) -> None:
-    for name in ("loss", "giou", "focal"):
+    for name in rows(one)[0].keys() & {"loss", "giou", "focal", "ce", "dice"}:
         assert float(rows(other)[0][name]) == pytest.approx(float(rows(one)[0][name]), rel=1e-5)
     first, second = load(one / "last.ckpt")["model"], load(other / "last.ckpt")["model"]
     for name, tensor in first.items():
@@ -378,11 +378,7 @@ def test_accumulated_gradients_are_those_of_the_batch(
     assert_same_step(output, tmp_path / "run")
 
 
-def test_two_processes_make_the_step_of_one(
-    one_step: tuple[list[str], Path], tmp_path: Path
-) -> None:
-    options, one = one_step
-    output = tmp_path / "two"
+def run_in_two_processes(tool: str, *options: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -390,15 +386,37 @@ def test_two_processes_make_the_step_of_one(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
             f"--master_port={port}",
-            *command("train_det", *options, f"--output={output}")[1:],
+            *command(tool, *options)[1:],
         ],
         check=True,
         capture_output=True,
         env=ONE_THREAD,
     )
+
+
+def test_two_processes_make_the_step_of_one(
+    one_step: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    options, one = one_step
+    output = tmp_path / "two"
+    run_in_two_processes("train_det", *options, f"--output={output}")
     assert {f.name for f in output.iterdir()} == {f.name for f in one.iterdir()}
     assert len(rows(output)) == len(rows(one))
     assert_same_step(one, output)
+
+
+def test_two_processes_make_the_step_of_one_in_segmentation(
+    one_step: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    """Of a model without batch norm, which would see half of the batch."""
+    options = [*one_step[0], "--data.crop=32", "--model.encoder=vgg11"]
+    options.append(
+        "--model.options={encoder_depth: 3, decoder_channels: [16, 8, 8], decoder_use_norm: false}"
+    )
+    run("train_seg", *options, f"--output={tmp_path / 'one'}")
+    run_in_two_processes("train_seg", *options, f"--output={tmp_path / 'two'}")
+    assert {f.name for f in (tmp_path / "two").iterdir()} >= LEFT_BEHIND
+    assert_same_step(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("name", ["retinanet", "retinanet_resnet50_fpn"])
