@@ -8,8 +8,10 @@ import pickle
 import warnings
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -389,6 +391,52 @@ def test_memory_of_anchors(name: str) -> None:
         LOSSES[name](reduction="sum")(x, y, weight=torch.rand(1, 1))
     kept.pop(x.untyped_storage().data_ptr(), None)
     assert sum(kept.values()) <= 0.1 * x.untyped_storage().nbytes()
+
+
+@cases
+def test_deterministic_algorithms(name: str, kind: str) -> None:
+    x, y = sample(kind, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, second = (value_and_grad(make(name, kind), x, y) for _ in range(2))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@st.composite
+def batches(draw: st.DrawFn, kind: str) -> tuple[Tensor, Tensor]:
+    """Logits of any shape and size as far as 1e4, some labels ignored; a third label means 255."""
+    images, classes = draw(st.integers(0, 3)), draw(st.integers(2, 4))
+    rest = draw(st.lists(st.integers(1, 5), max_size=3))
+    scale = draw(st.sampled_from([0.0, 1e-6, 1.0, 100.0, 1e4]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    x = torch.randn(images, classes, *rest, generator=generator).clamp(-1, 1) * scale
+    y = torch.randint(-1 if kind == "classification" else 0, classes, (images, *rest))
+    y[torch.rand(y.shape, generator=generator) < 0.3] = 255
+    if kind == "classification":
+        x = x.movedim(1, -1)
+    elif draw(st.booleans()):
+        y = y.to(draw(st.sampled_from([torch.uint8, torch.int16, torch.int32])))
+    return x.requires_grad_(), y
+
+
+@dense_cases
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_any_shape_and_any_value(name: str, kind: str, data: st.DataObject) -> None:
+    """Finite, and nothing flows where the label is ignored."""
+    x, y = data.draw(batches(kind))
+    if name == "cldice" and x.dim() < 3:
+        return  # it is of images
+    value, grad = value_and_grad(make(name, kind, ignore_index=255), x, y)
+    assert value.isfinite()
+    assert grad.isfinite().all()
+    ignored = (y == 255).unsqueeze(-1 if kind == "classification" else 1)
+    assert (grad.masked_select(ignored) == 0).all()
 
 
 @cases
