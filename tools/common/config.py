@@ -184,9 +184,9 @@ class SegmentationConfig:
 
     task: ClassVar[Task] = "segmentation"
     loss: str = "ce+dice"
-    data: DataConfig = field(default_factory=lambda: DataConfig(size=128, crop=96))
+    data: DataConfig = field(default_factory=lambda: DataConfig(size=96))
     model: SegmenterConfig = field(default_factory=SegmenterConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=7, batch_size=4, lr=3e-3))
     seed: NonNegativeInt = 0
     output: str | None = None
     resume: bool = False
