@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .base import WHOLE, Block, blocks, compute_dtype
 from .layout import Batch, Mode, Part, segmentation_batch
-from .pointwise import Formula, Predicted, Squared, TruePositive, pointwise
+from .pointwise import Formula, Predicted, Squared, TruePositive, lazy, pointwise
 
 Need = Literal["regions", "squares", "nll", "smooth"] | Formula
 """What a loss asks of the engine: region counts, one of the maps, or the sums of a formula."""
@@ -164,6 +164,9 @@ def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 
     By way of bins of 1024 values: one long chain of float32 additions would lose digits.
     """
+    if classes == 2:
+        second = values * labels.to(values.dtype)
+        return torch.stack(((values - second).sum(-1), second.sum(-1)), 1)
     images, places = labels.shape
     bins = places // 1024 + 1
     starts = torch.arange(0, bins * classes, classes, device=labels.device)
@@ -227,6 +230,8 @@ class _Softmax(torch.autograd.Function):
         others = target, weight, class_weights
         nothing = (None,) * 5
         grads = grads[:-1]
+        if all(grad is None for grad in grads):
+            return None, *nothing
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
             gradient = _SoftmaxBlock(WHOLE, logits, *others).gradient(*grads)
             return gradient.to(logits.dtype), *nothing
@@ -270,10 +275,14 @@ class _SoftmaxBlock(Part):
         if self.y is None:
             self.index = self.labels.unsqueeze(1)
 
+    @lazy
+    def missing(self) -> Tensor:
+        """How far the logit of the label is below the largest, ``(b, 1, n)``."""
+        return self.top - self.x.gather(1, self.index)
+
     def nll(self) -> Tensor:
         if self.y is None:
-            missing = self.top - self.x.gather(1, self.index)
-            return self.counted((missing + self.z.log()).squeeze(1))
+            return self.counted((self.missing + self.z.log()).squeeze(1))
         weights = self.target_weights(self.y)
         missing = (weights * (self.top - self.x)).sum(1)
         return self.counted(missing + weights.sum(1) * self.z.log().squeeze(1))
@@ -302,7 +311,7 @@ class _SoftmaxBlock(Part):
     def tp(self) -> Tensor:
         if self.y is not None:
             return (self.e * self.share * self.y).sum(-1)
-        hit = self.e.gather(1, self.index) * self.share
+        hit = (-self.missing).exp_() * self.share
         return _class_sums(hit.squeeze(1), self.labels, self.x.shape[1])
 
     def gradient(

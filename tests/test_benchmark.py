@@ -79,6 +79,6 @@ def test_mistakes_are_one_line(option: str, said: str, capsys: pytest.CaptureFix
     assert len(message.splitlines()) == 1
 
 
-def test_every_loss_keeps_no_more_than_the_size_of_the_logits() -> None:
+def test_every_loss_on_the_engines_keeps_no_more_than_the_size_of_the_logits() -> None:
     for size in ROWS["kept"](CPU):
-        assert size.value <= size.limit, size
+        assert size.limit is None or size.value <= size.limit, size

@@ -242,13 +242,14 @@ def kept(device: torch.device) -> Rows:
         if "segmentation" not in cls.kinds:
             continue
         options = {"mode": "multiclass"} if "classification" in cls.kinds else {}
+        limit = 1.0 if hasattr(cls, "needs") else None  # which losses on the engines have
         for classes in (21, 2):
             x, y = _logits(device, 2, classes, 128, 128), _labels(device, classes, 2, 128, 128)
             loss = cls(**options)
             ratio = round(
                 kept_bytes(partial(loss, x, y), [x, y]) / x.nbytes, 3
             )  # but for a few sums
-            yield Size(f"kept for backward / logits, {name}, {classes} classes", "", ratio, 1.0)
+            yield Size(f"kept for backward / logits, {name}, {classes} classes", "", ratio, limit)
 
 
 @row("import")
