@@ -246,9 +246,8 @@ def kept(device: torch.device) -> Rows:
         for classes in (21, 2):
             x, y = _logits(device, 2, classes, 128, 128), _labels(device, classes, 2, 128, 128)
             loss = cls(**options)
-            ratio = round(
-                kept_bytes(partial(loss, x, y), [x, y]) / x.nbytes, 3
-            )  # but for a few sums
+            # Rounded, for there are a few sums as well.
+            ratio = round(kept_bytes(partial(loss, x, y), [x, y]) / x.nbytes, 2)
             yield Size(f"kept for backward / logits, {name}, {classes} classes", "", ratio, limit)
 
 
