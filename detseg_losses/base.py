@@ -103,6 +103,8 @@ class Loss(nn.Module):
     """What the function passes its ``**options`` to."""
     shared: ClassVar[tuple[str, ...]] = ()
     """Options that the losses of one pass over the logits must agree on."""
+    of_batch: ClassVar[bool] = False
+    """Whether an entry is weighed by what the others are, so that only the mean has a scale."""
     extra: ClassVar[tuple[str, ...]] = ()
     """What a call may hold for this loss alone, beside the weights that are for all of a sum."""
 

@@ -653,6 +653,7 @@ class GHMLoss(SigmoidLoss):
     """Module form of :func:`ghm_loss`."""
 
     function = staticmethod(ghm_loss)
+    of_batch = True
 
     def formula(self) -> Formula:
         return Harmonised(self.options["bins"], self.options["sync"])

@@ -124,7 +124,9 @@ def power(base: Tensor, exponent: float) -> Tensor:
     """``base ** exponent``, some of which ``torch.pow`` takes many times as long for."""
     if exponent == 1:
         return base
-    return base.sqrt() * base if exponent == 1.5 else base.pow(exponent)
+    if exponent == 1.5 and not (base.requires_grad and torch.is_grad_enabled()):
+        return base.sqrt() * base  # whose slope would be infinite at 0
+    return base.pow(exponent)
 
 
 @dataclass(frozen=True)

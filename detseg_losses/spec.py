@@ -104,7 +104,7 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[Weight, 
         for step in (*(ramp.after + ramp.steps for ramp in loss.ramps.values()), 0):
             loss.step = step
             loss(*_smallest_input(loss), **({"sync": False} if "sync" in known else {}))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise _error(spec, call.col_offset + 1, f"{call.id}: {error}") from None
     return weight, loss
 
@@ -357,7 +357,7 @@ class LossSum(nn.Module):
         """Raise a SpecError on a term whose weights are not one number or one for each class."""
         for name, _, loss in self.items():
             for option, weights in loss.named_buffers():
-                if weights.numel() not in (1, classes):
+                if weights.dim() and weights.numel() != classes:
                     raise SpecError(
                         f"{name!r} has {weights.numel()} {option}, and the model {classes} classes"
                     )

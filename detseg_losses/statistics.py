@@ -101,9 +101,11 @@ def measure(
     batch: Batch,
     needs: Iterable[Need],
     class_weights: Tensor | Sequence[float] | None = None,
+    *,
+    keep: bool = True,
 ) -> Statistics:
-    """The statistics of a batch, see :func:`statistics`."""
-    needs = set(needs)
+    """The statistics of a batch, see :func:`statistics`; ``keep`` what saves time in backward."""
+    needs = list(dict.fromkeys(needs))  # in their order, on which the last digits depend
     formulas = [need for need in needs if isinstance(need, Formula)]
     result = Statistics(batch)
     if batch.mode == "multiclass":
@@ -112,10 +114,11 @@ def measure(
         if any(wants):
             tensors = batch.logits, batch.target, batch.weight, weights
             # Maps alone are kept by the formulas on them: not the exponentials as well.
-            keep = "regions" in needs and batch.logits.requires_grad and torch.is_grad_enabled()
+            keep = keep and "regions" in needs and torch.is_grad_enabled()
+            keep = keep and batch.logits.requires_grad
             result.nll, result.smooth, *counts, _ = _Softmax.apply(*tensors, wants, keep)
             result.tp, result.pred, result.pred_sq = counts
-    elif needs & {"nll", "smooth"}:
+    elif {"nll", "smooth"} & set(needs):
         raise ValueError(
             f"a softmax over classes has no meaning in mode {batch.mode!r}; use 'bce' or 'focal', "
             "or a model with a channel for each class"
@@ -141,7 +144,7 @@ def weighted_counts(batch: Batch, factor: Tensor) -> Statistics:
 
     So a loss that is linear in the probabilities keeps none of them for backward.
     """
-    result = measure(replace(batch, target=factor), ["regions"])
+    result = measure(replace(batch, target=factor), ["regions"], keep=False)
     result.batch, result.true = batch, _true(batch)
     return result
 
@@ -150,7 +153,8 @@ def _true(batch: Batch, power: int = 1) -> Tensor:
     """The count of what is there, ``(B, C)``."""
     y, w = batch.target, batch.weight
     if batch.dense:
-        y = y if power == 1 else y.to(batch.dtype) ** power
+        y = y.to(batch.dtype)
+        y = y if power == 1 else y**power
         if w is not None:
             y = y.masked_fill(w == 0, 0) * w
         return y.sum(-1, dtype=batch.dtype)

@@ -63,6 +63,10 @@ def use_losses(model: RetinaNet, spec: str, *, normalizer: Normalizer = "image")
         if not set(term.kinds) & set(eaten):
             choices = ", ".join(other for kind in eaten for other in names_of_kind(kind))
             raise SpecError(f"RetinaNet has no use for {name!r}, it has for {choices}")
+        if term.of_batch:
+            raise SpecError(
+                f"RetinaNet divides sums by the positive anchors, and {name!r} is a mean by nature"
+            )
         fixed = [option for option in FIXED if option in term.given]
         if fixed:
             raise SpecError(f"{name!r}: RetinaNet's head itself decides {fixed[0]!r}")

@@ -576,3 +576,13 @@ def test_bad_options_of_each(loss: Any, options: dict[str, Any], message: str) -
 def test_bad_targets(target: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sigmoid_focal_loss(logits(7, 5), target)
+
+
+def test_slope_of_the_slope_where_a_probability_underflows() -> None:
+    """A root there would make it NaN."""
+    x = torch.tensor([[-200.0, 1.0]], requires_grad=True)
+    value = sigmoid_focal_loss(x, torch.tensor([-1]), gamma=1.5, reduction="sum")
+    (slope,) = torch.autograd.grad(value, x, create_graph=True)
+    (second,) = torch.autograd.grad(slope.sum(), x)
+    assert second.isfinite().all()
+    assert second[0, 0] == 0

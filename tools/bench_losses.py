@@ -30,7 +30,8 @@ class BenchmarkConfig:
     Args:
         rows: Which rows to measure; by default all of them.
         loss: Instead of the rows, a loss string, such as "dice" or "ce + lovasz".
-        shape: With loss: the shape of the logits (of the boxes and offsets the first number).
+        shape: With loss: the shape of the logits, (B, C, *) of masks and (*, K) of heads; of boxes
+            and offsets the first number alone counts.
         pairs: Runs of each side.
         threads: Threads of the CPU.
         device: cpu or cuda; by default a GPU where there is one.
@@ -39,7 +40,7 @@ class BenchmarkConfig:
 
     rows: list[str] | None = None
     loss: str | None = None
-    shape: list[int] | None = None
+    shape: list[PositiveInt] | None = None
     pairs: PositiveInt = 15
     threads: PositiveInt = 2
     device: str = "auto"
@@ -53,6 +54,10 @@ def main() -> None:
     unknown = [name for name in config.rows or [] if name not in ROWS]
     if unknown:
         raise UsageError(f"there are no rows {unknown[0]!r}; there are {', '.join(ROWS)}")
+    if config.loss is not None and config.rows is not None:
+        raise UsageError("--loss stands in for the rows: give one of --loss and --rows")
+    if config.shape is not None and config.loss is None:
+        raise UsageError("--shape is that of --loss, which is missing")
     if config.pairs < 3:
         raise UsageError("--pairs must be at least 3: quartiles need them")
     torch.set_num_threads(config.threads)

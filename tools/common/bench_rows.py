@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from common.benchmark import Work, kept_bytes, peak_bytes
+from common.errors import UsageError
 from detseg_losses import LOSSES, SpecError, build_loss
 from detseg_losses.integrations.torchvision_retinanet import RetinaNetLossHead
 
@@ -297,7 +298,10 @@ def loss_rows(spec: str, shape: list[int] | None) -> Callable[[torch.device], Ro
         raise SpecError(f"{spec!r} mixes kinds of input, which only an adapter can give it")
 
     def rows(device: torch.device) -> Rows:
-        if loss.kind in ("boxes", "deltas"):
+        if loss.kind == "distribution":
+            x = _logits(device, *(shape or [100_000, 17]))
+            y = torch.rand(x.shape[:-1], device=device) * (x.shape[-1] - 1)
+        elif loss.kind in ("boxes", "deltas"):
             sizes = [shape[0] if shape else 100_000, 4]
             x, y = _logits(device, *sizes), _logits(device, *sizes).detach().flip(0)
             if loss.kind == "boxes":
@@ -312,6 +316,10 @@ def loss_rows(spec: str, shape: list[int] | None) -> Callable[[torch.device], Ro
             x = _logits(device, *(shape or [4, 21, 256, 256]))
             y = _labels(device, x.shape[1], x.shape[0], *x.shape[2:])
         ours = forward_backward(loss, x, y)
+        try:
+            ours()
+        except ValueError as error:
+            raise UsageError(f"--loss {spec} --shape {list(x.shape)}: {error}") from error
         work = f"{loss!r}, {tuple(x.shape)}"
         yield Race(work, "a copy of the prediction", ours, x.detach().clone)
         if repr(loss) in PEERS:
