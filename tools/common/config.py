@@ -163,7 +163,7 @@ class DetectionConfig:
     loss: str = "giou+focal"
     data: DataConfig = field(default_factory=DataConfig)
     model: DetectorConfig = field(default_factory=DetectorConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=13))
     seed: NonNegativeInt = 0
     output: str | None = None
     resume: bool = False
