@@ -1,0 +1,131 @@
+"""What the adapters of detectors share: which terms serve which entry, and how boxes are lost."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from detseg_losses.base import Kind, Loss, check_choice, processes, world_sum
+from detseg_losses.spec import LossSum, SpecError, build_loss, names_of_kind
+
+Normalizer = Literal["image", "batch"]
+
+Roles = Mapping[str, tuple[Kind, ...]]
+"""Which kinds of loss serve each entry of a model's loss dictionary."""
+
+FIXED = ("mode", "ignore_index", "per_image", "sync", "reduction")
+"""Options that a head itself decides."""
+
+
+def read_losses(spec: str, owner: str, roles: Roles, normalizer: Normalizer) -> LossSum:
+    """Make the losses of a head, and say at once what it has no use for.
+
+    A role without a term is warned of: there the model keeps its own loss.
+
+    Args:
+        spec: a loss string.
+        owner: what the head or model is called in messages.
+        roles: what the head computes.
+        normalizer: what the sums over anchors are divided by.
+
+    Raises:
+        SpecError: on a string that cannot be read, a term that has no role, that is a mean by
+            nature (sums are needed), or that sets what the head itself decides.
+        ValueError: on a normalizer that does not exist.
+    """
+    check_choice("normalizer", normalizer, Normalizer)
+    loss = build_loss(spec)
+    eaten = [kind for kinds in roles.values() for kind in kinds]
+    for name, _, term in loss.items():
+        if not set(term.kinds) & set(eaten):
+            choices = ", ".join(other for kind in eaten for other in names_of_kind(kind))
+            raise SpecError(f"{owner} has no use for {name!r}, it has for {choices}")
+        if term.of_batch:
+            raise SpecError(
+                f"{owner} divides sums by the positive anchors, and {name!r} is a mean by nature"
+            )
+        fixed = [option for option in FIXED if option in term.given]
+        if fixed:
+            raise SpecError(f"{name!r}: {owner} itself decides {fixed[0]!r}")
+    for role, kinds in roles.items():
+        if not terms_of(loss, kinds):
+            warnings.warn(
+                f"{spec!r} has no loss of {' or '.join(kinds)}: {role!r} stays as it is",
+                stacklevel=4,
+            )
+    return loss
+
+
+def terms_of(loss: LossSum, kinds: tuple[Kind, ...]) -> list[tuple[str, Loss]]:
+    """The terms that can be given one of these kinds of input, with their names."""
+    return [(name, term) for name, _, term in loss.items() if set(term.kinds) & set(kinds)]
+
+
+def factor_of_images(foreground: Tensor, normalizer: Normalizer) -> Tensor:
+    """What the sums over the anchors of each image are multiplied by, ``(B, 1)``.
+
+    Args:
+        foreground: which anchors have an object, ``(B, A)``.
+        normalizer: the count of those (at least 1) of each ``"image"``, then the mean over images;
+            or of the whole ``"batch"``, over all processes.
+    """
+    count = foreground.sum(1, keepdim=True, dtype=torch.float32)
+    if normalizer == "image":
+        return 1 / (count.clamp(min=1) * len(count))
+    total = world_sum(count.sum(), sync=True).clamp(min=1)
+    return (processes(sync=True) / total).expand_as(count)
+
+
+def of_matches(key: str, targets: list[dict[str, Tensor]], matched_idxs: list[Tensor]) -> Tensor:
+    """The label or box of the object that each anchor matches, ``(B, A, ...)``; else zeros."""
+    found = []
+    for target, matched in zip(targets, matched_idxs, strict=True):
+        values = target[key]
+        nothing = values.new_zeros(1, *values.shape[1:])
+        found.append(torch.cat((values, nothing))[matched.clamp(min=-1)])
+    return torch.stack(found)
+
+
+def box_losses(
+    loss: LossSum,
+    deltas: Tensor,
+    boxes: Tensor,
+    factors: Tensor,
+    *,
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The weighted values of the terms on decoded boxes and of those on encoded offsets, by name.
+
+    Args:
+        loss: what to compute.
+        deltas: what the head predicts, ``(N, 4)``.
+        boxes: the true boxes, ``(N, 4)`` as ``x1, y1, x2, y2``.
+        factors: what each row counts, ``(N,)``.
+        encode: boxes as offsets.
+        decode: offsets as boxes.
+    """
+    values = {}
+    for name, term in terms_of(loss, ("boxes", "deltas")):
+        if "boxes" in term.kinds:
+            each = term(decode(deltas), boxes, reduction="none")
+        else:
+            each = term(deltas, encode(boxes), reduction="none").sum(-1)
+        values[name] = loss.weighted(name, (each * factors).sum())
+    return values
+
+
+def total(values: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the terms of one role, of which there is at least one."""
+    return functools.reduce(operator.add, values.values())
+
+
+def detached(*roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of all roles, as :attr:`LossSum.values` holds them."""
+    return {name: value.detach() for values in roles for name, value in values.items()}
