@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +25,8 @@ BLOCK = 1 << 18
 # glibc's malloc returns the memory of a freed block to the system at once, and to be given it back
 # costs several times what a computation on it does. Once a chunk of nearly 32 MB (its limit) has
 # been freed, it keeps that much for reuse.
-torch.empty(31 << 20, dtype=torch.uint8)
+KEPT_BY_MALLOC = 31 << 20
+torch.empty(KEPT_BY_MALLOC, dtype=torch.uint8)
 
 
 Curve = Literal["linear", "cosine"]
@@ -240,6 +243,49 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class lazy:
+    """An attribute that is computed when it is first asked for."""
+
+    def __init__(self, compute: Callable[[Any], Tensor]) -> None:
+        self.compute = compute
+        self.name = compute.__name__
+
+    def __get__(self, instance: Any, owner: type) -> Tensor:
+        value = self.compute(instance)
+        setattr(instance, self.name, value)
+        return value
+
+
+def has_graph(tensor: Tensor) -> bool:
+    """Whether autograd records what is done with a tensor."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def in_blocks(tensor: Tensor) -> bool:
+    """Whether to compute block by block and to look at values: the one place where the library
+    asks for the device. Anywhere but on the CPU kernels should be few and large, and a look at a
+    value would make the device wait.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Memory for the gradient of logits.
+
+    Linux is asked for huge pages where the memory is fresh: to be given that 4 KiB at a time takes
+    longer than to compute what is written there.
+    """
+    result = torch.empty_like(logits)
+    if sys.platform == "linux" and type(result) is Tensor and in_blocks(result):
+        size = result.nbytes
+        if size > KEPT_BY_MALLOC:
+            page = 1 << 12
+            start = -(-result.data_ptr() // page) * page
+            length = (result.data_ptr() + size - start) // page * page
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 14)
+    return result
+
+
 class Block(NamedTuple):
     """Some images and places of logits ``(B, C, P)``; ``part`` numbers the ranges of places."""
 
@@ -273,13 +319,11 @@ WHOLE = Block(0, slice(None), slice(None))
 
 
 def blocks(logits: Tensor) -> list[Block]:
-    """Cut logits ``(B, C, P)`` into blocks: the one place where the engines look at the device.
-
-    On the CPU a block is some ``BLOCK`` elements: several whole images, or a part of one.
-    Anywhere else one block holds everything, for there kernels should be few and large.
+    """Cut logits ``(B, C, P)`` into blocks of some ``BLOCK`` elements: several whole images, or a
+    part of one. One block holds everything where :func:`in_blocks` says so.
     """
     batch, classes, length = logits.shape
-    if logits.device.type != "cpu" or torch.compiler.is_compiling() or not logits.numel():
+    if not in_blocks(logits) or not logits.numel():
         return [WHOLE]
     places = max(1, min(length, BLOCK // classes))
     rows = max(1, BLOCK // (classes * length))
@@ -296,9 +340,7 @@ def rows_where(mask: Tensor) -> Tensor | slice:
     On the CPU it pays to work on the few rows alone; elsewhere the device would have to wait to
     learn how many there are. So give the other rows a weight of 0.
     """
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return slice(None)
-    return mask.nonzero().squeeze(1)
+    return mask.nonzero().squeeze(1) if in_blocks(mask) else slice(None)
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import BLOCK, Loss, divide, register
+from .base import BLOCK, Loss, divide, in_blocks, register
 from .layout import check_constant
 from .regions import RegionOptions, region_batch, regions
 from .statistics import weighted_counts
@@ -102,8 +102,7 @@ def _distance(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if not mask.numel():
         return square
     # As many places at a time as caches hold; elsewhere, and in a graph, few large steps.
-    eager = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    step = max(1, (4 if eager else 256) * BLOCK // mask.numel())
+    step = max(1, (4 if in_blocks(mask) else 256) * BLOCK // mask.numel())
     for dim in range(2, mask.dim()):
         lines = square.movedim(dim, 0).contiguous()
         place = torch.arange(len(lines), dtype=dtype, device=mask.device)

@@ -326,35 +326,31 @@ class Focal(Formula):
         check_not_negative("gamma", self.gamma)
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.weighted(s.cross_entropy(y) * power(s.missed(y), self.gamma), y)
+        ce = s.cross_entropy(y)
+        return self.weighted(power(s.missed(y), self.gamma), y) * ce
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return self.both(s, y)[1]
+
+    def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
         ce, missed = s.cross_entropy(y), s.missed(y)
-        if isinstance(y, Tensor):
-            if self.gamma < 1:  # whatever underflows in missed does so in p q, too
-                missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)
-            factor = power(missed, self.gamma - 1)
-            tilt = s.spread * mix(1, -1, y)  # the slope of missed
-            rise = mix(s.p, -s.q, y)  # that of the cross entropy
-            return self.weighted(
-                factor * torch.addcmul(missed * rise, tilt, ce, value=self.gamma), y
-            )
-        slope = torch.addcmul(missed, 1 - missed, ce, value=self.gamma)
-        slope = power(missed, self.gamma) * slope
-        return self.weighted(-slope if y else slope, y)
+        if not isinstance(y, Tensor):
+            factor = self.weighted(power(missed, self.gamma), y)
+            value = factor * ce
+            slope = torch.addcmul(factor * missed, value, s.missed(1 - y), value=self.gamma)
+            return value, -slope if y else slope
+        if self.gamma < 1:  # whatever underflows in missed does so in its slope, too
+            missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)
+        root = self.weighted(power(missed, self.gamma - 1), y)
+        factor = root * missed
+        tilt = root * s.missed_slope(y)
+        return factor * ce, torch.addcmul(factor * s.error(y), tilt, ce, value=self.gamma)
 
     def weighted(self, values: Tensor, y: Label) -> Tensor:
         if self.alpha is None or (not isinstance(self.alpha, Tensor) and self.alpha == -1):
             return values
         alpha = column(self.alpha)
         return values * mix(1 - alpha, alpha, y)
-
-
-def error(s: Sigmoid, y: Label) -> Tensor:
-    """``p - y`` without cancellation, the slope of the cross entropy."""
-    if isinstance(y, Tensor):
-        return torch.lerp(s.p, -s.q, y)
-    return -s.q if y else s.p
 
 
 @dataclass(frozen=True)
@@ -365,12 +361,12 @@ class QualityFocal(Formula):
         check_not_negative("beta", self.beta)
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return power(error(s, y).abs(), self.beta) * s.cross_entropy(y)
+        return power(s.error(y).abs(), self.beta) * s.cross_entropy(y)
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         if not isinstance(y, Tensor):
             return Focal(None, self.beta).slope(s, y)
-        rise, ce = error(s, y), s.cross_entropy(y)
+        rise, ce = s.error(y), s.cross_entropy(y)
         missed = rise.abs()
         factor = power(missed.clamp(min=torch.finfo(missed.dtype).tiny), self.beta - 1)
         tilt = s.spread * rise.sign()  # the slope of missed
@@ -389,15 +385,12 @@ class Varifocal(Formula):
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         if isinstance(y, Tensor):
             return torch.where(y > 0, y * s.cross_entropy(y), self.value(s, 0))
-        return s.pos if y else self.alpha * power(s.p, self.gamma) * s.neg
+        return s.pos if y else self.alpha * Focal(None, self.gamma).value(s, 0)
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         if isinstance(y, Tensor):
-            return torch.where(y > 0, y * error(s, y), self.slope(s, 0))
-        if y:
-            return -s.q
-        rise = torch.addcmul(s.p, s.q, s.neg, value=self.gamma)
-        return self.alpha * power(s.p, self.gamma) * rise
+            return torch.where(y > 0, y * s.error(y), self.slope(s, 0))
+        return -s.q if y else self.alpha * Focal(None, self.gamma).slope(s, 0)
 
 
 @dataclass(frozen=True)
@@ -449,15 +442,14 @@ class PolyFocal(Focal):
             raise ValueError(f"epsilon must not be below -1 or infinite: {self.epsilon}")
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        missed = s.missed(y)
-        terms = torch.add(s.cross_entropy(y), missed, alpha=self.epsilon)
-        return self.weighted(power(missed, self.gamma) * terms, y)
+        return self.both(s, y)[0]
 
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        tilt = s.spread * (1 - 2 * y)  # the slope of missed
-        scale = self.epsilon * (self.gamma + 1)
-        rest = self.weighted(power(s.missed(y), self.gamma) * tilt * scale, y)
-        return super().slope(s, y) + rest
+    def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
+        value, slope = super().both(s, y)
+        missed = s.missed(y)
+        power_of_missed = self.weighted(power(missed, self.gamma), y) * self.epsilon
+        steeper = power_of_missed * s.missed_slope(y) * (self.gamma + 1)
+        return torch.addcmul(value, power_of_missed, missed), slope + steeper
 
 
 @dataclass(frozen=True)
@@ -499,7 +491,7 @@ class Bin(Formula):
     bins: int
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return (error(s, y).detach().abs() * self.bins).floor_()
+        return (s.error(y).detach().abs() * self.bins).floor_()
 
 
 @dataclass(frozen=True)
@@ -512,7 +504,7 @@ class Binned(Formula):
         return self.each(s, y) * s.cross_entropy(y)
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.each(s, y) * error(s, y)
+        return self.each(s, y) * s.error(y)
 
     def each(self, s: Sigmoid, y: Label) -> Tensor:
         bins = len(self.weights)

@@ -4,7 +4,8 @@ A formula gives the value l(x, y) and its slope dl/dx. The engine works through 
 by block. The slopes of a single sum are computed beside its values, for they have most in common,
 and kept; else nothing is kept but the logits themselves, and the slopes are evaluated in backward.
 With class indices for targets no one-hot target exists: every entry is treated as a negative, and
-the one positive of a row is then set from its own formula.
+the one positive of a row is then set from its own formula. So are, on the CPU, the few entries of
+a dense target that are not 0.
 """
 
 from __future__ import annotations
@@ -18,24 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import WHOLE, Block, blocks, compute_dtype
+from .base import WHOLE, Block, blocks, compute_dtype, empty_gradient, has_graph, in_blocks, lazy
 from .layout import Batch, Part
 
 Label: TypeAlias = "Tensor | int"
 """A target between 0 and 1: a tensor, or one of the constants 0 and 1, which cost nothing."""
 
-
-class lazy:
-    """An attribute that is computed when it is first asked for."""
-
-    def __init__(self, compute: Callable[[Any], Tensor]) -> None:
-        self.compute = compute
-        self.name = compute.__name__
-
-    def __get__(self, instance: Any, owner: type) -> Tensor:
-        value = self.compute(instance)
-        setattr(instance, self.name, value)
-        return value
+FEW = 16
+"""Of so many entries one is looked up faster than all are computed."""
 
 
 class Sigmoid:
@@ -55,15 +46,26 @@ class Sigmoid:
         self.x = x
         # A gradient of the gradient is wanted: the formulas below have kinks at 0 that cancel in
         # value but not under autograd.
-        self.differentiable = x.requires_grad and torch.is_grad_enabled()
+        self.differentiable = has_graph(x)
+
+    @lazy
+    def e(self) -> Tensor:
+        """exp(x), held below infinity."""
+        return self.x.clamp(max=math.log(torch.finfo(self.x.dtype).max) - 8).exp_()
+
+    @lazy
+    def more(self) -> Tensor:
+        return self.e + 1
+
+    # With the cross entropy of a negative there is an exponential that serves these as well.
 
     @lazy
     def p(self) -> Tensor:
-        return self.x.sigmoid()
+        return self.e * self.q if "more" in vars(self) else self.x.sigmoid()
 
     @lazy
     def q(self) -> Tensor:
-        return (-self.x).sigmoid()
+        return self.more.reciprocal() if "more" in vars(self) else (-self.x).sigmoid()
 
     @lazy
     def spread(self) -> Tensor:
@@ -72,11 +74,14 @@ class Sigmoid:
 
     @lazy
     def neg(self) -> Tensor:
-        return F.softplus(self.x) if self.differentiable else softplus(self.x)
+        if self.differentiable:
+            return F.softplus(self.x)
+        result = log_of_sum(self.e, self.more, self.q)
+        return torch.maximum(result, self.x, out=result)  # beyond the clamp they are equal
 
     @lazy
     def pos(self) -> Tensor:
-        return F.softplus(-self.x) if self.differentiable else softplus(-self.x)
+        return F.softplus(-self.x) if self.differentiable else Sigmoid(-self.x).neg
 
     def missed(self, y: Label) -> Tensor:
         """The probability of the wrong answer."""
@@ -84,31 +89,34 @@ class Sigmoid:
             return mix(self.p, self.q, y)
         return self.q if y else self.p
 
+    def missed_slope(self, y: Label) -> Tensor:
+        return self.spread * mix(1, -1, y)
+
     def cross_entropy(self, y: Label) -> Tensor:
         if not isinstance(y, Tensor):
             return self.pos if y else self.neg
         if self.differentiable:
             return F.softplus(self.x) - self.x * y
-        rest = log1p(self.x.abs().neg_().exp_())  # what either softplus is more than its relu
+        e = self.x.abs().neg_().exp_()
+        more = e + 1
+        rest = log_of_sum(e, more, more.reciprocal())  # by which softplus(x) exceeds relu(x)
         return self.x.relu().addcmul_(self.x, y, value=-1).add_(rest)
 
+    def error(self, y: Label) -> Tensor:
+        """``p - y`` without the cancellation: the slope of the cross entropy."""
+        if isinstance(y, Tensor):
+            return torch.lerp(self.p, -self.q, y)
+        return -self.q if y else self.p
 
-def softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))``, without a graph."""
-    limit = math.log(torch.finfo(x.dtype).max) - 8  # beyond it, softplus(x) = x
-    result = log1p(x.clamp(max=limit).exp_())
-    return torch.maximum(result, x, out=result)
 
-
-def log1p(e: Tensor) -> Tensor:
-    """``log(1 + e)`` of what is not negative, without a graph: right to 2e-7 relative.
+def log_of_sum(e: Tensor, more: Tensor, inverse: Tensor) -> Tensor:
+    """``log(1 + e)`` from 1 + e and its inverse, without a graph: right to 2e-7 relative.
 
     The logarithm of the rounded sum and the effect of rounding, for ``torch.log1p`` takes as long
     as ten exponentials on some CPUs.
     """
-    more = e + 1
     rounding = (more - 1).sub_(e)
-    return more.log().addcdiv_(rounding, more, value=-1)
+    return more.log().addcmul_(rounding, inverse, value=-1)
 
 
 def mix(negative: Any, positive: Any, y: Label) -> Any:
@@ -124,7 +132,7 @@ def power(base: Tensor, exponent: float) -> Tensor:
     """``base ** exponent``, some of which ``torch.pow`` takes many times as long for."""
     if exponent == 1:
         return base
-    if exponent == 1.5 and not (base.requires_grad and torch.is_grad_enabled()):
+    if exponent == 1.5 and not has_graph(base):
         return base.sqrt() * base  # whose slope would be infinite at 0
     return base.pow(exponent)
 
@@ -141,6 +149,10 @@ class Formula:
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         raise NotImplementedError
+
+    def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
+        """Value and slope, where they have a part in common that is worth sharing."""
+        return self.value(s, y), self.slope(s, y)
 
     def fitted(self, batch: Batch) -> Formula:
         """This formula with its tensors checked and beside the logits."""
@@ -206,8 +218,7 @@ def pointwise(
     keep = (
         summed
         and len(fitted) == 1
-        and batch.logits.requires_grad
-        and torch.is_grad_enabled()
+        and has_graph(batch.logits)
         and not torch.compiler.is_compiling()
         and batch.logits.dtype != torch.float16  # the slopes underflow before a loss scaler acts
     )
@@ -234,16 +245,19 @@ class _Pointwise(torch.autograd.Function):
             results = [logits.new_zeros(shape, dtype=dtype) for _ in formulas]
         else:
             results = [torch.empty_like(logits, dtype=dtype) for _ in formulas]
-        kept = torch.empty_like(logits) if keep else None
+        kept = empty_gradient(logits) if keep else None
         for tile in tiles:
             block = _SigmoidBlock(tile, logits, target, weight)
             for formula, result in zip(formulas, results, strict=True):
-                if summed:
-                    result[tile.part, tile.rows] = block.evaluate(formula, "value").sum(-1)
+                if kept is None:
+                    (values,) = block.evaluate(formula, "value")
                 else:
-                    tile.of(result).copy_(block.evaluate(formula, "value"))
-                if kept is not None:
-                    tile.of(kept).copy_(block.evaluate(formula, "slope"))
+                    values, slopes = block.evaluate(formula, "both")
+                    tile.of(kept).copy_(slopes)
+                if summed:
+                    result[tile.part, tile.rows] = values.sum(-1)
+                else:
+                    tile.of(result).copy_(values)
         if summed:
             results = [result.sum(0) for result in results]
         return *results, kept
@@ -268,7 +282,7 @@ class _Pointwise(torch.autograd.Function):
 
         def gradient(tile: Block) -> Tensor:
             block = _SigmoidBlock(tile, logits, target, weight)
-            slopes = [block.evaluate(formula, "slope") for formula, _ in found]
+            slopes = [block.evaluate(formula, "slope")[0] for formula, _ in found]
             total = slopes[0] * tile.of(scales[0])
             for slope, scale in zip(slopes[1:], scales[1:], strict=True):
                 total = total.addcmul(slope, tile.of(scale))
@@ -279,10 +293,10 @@ class _Pointwise(torch.autograd.Function):
         if ctx.kept is not None:
             # Handed over, to be anyone's; another backward evaluates the slopes anew.
             result, ctx.kept = ctx.kept, None
-            if blocks(logits)[0] is WHOLE or (scales[0] != 1).any():
+            if not in_blocks(result) or (scales[0] != 1).any():
                 result.mul_(scales[0])
             return result, *nothing
-        result = torch.empty_like(logits)
+        result = empty_gradient(logits)
         for tile in blocks(logits):
             tile.of(result).copy_(gradient(tile))
         return result, *nothing
@@ -294,29 +308,53 @@ class _SigmoidBlock(Part):
     def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
         super().__init__(tile, logits, target, weight)
         self.s = Sigmoid(self.x)
-        self.whole = tile is WHOLE
-        if self.y is not None:
-            return
-        # The one positive of a row. Where only the CPU need know how many there are, those alone.
-        self.positive = self.labels >= 0
-        if self.whole:
+        self.label: Label = 0 if self.y is None else self.y
+        self.entries: tuple[Tensor, ...] | None = None
+        """Where the label is something else, among the few that only the CPU can look up."""
+        if tile is not WHOLE:
+            self._look_up()
+        elif self.y is None:
+            self.positive = (self.labels >= 0).unsqueeze(1)
             self.index = self.labels.clamp(min=0).unsqueeze(1)
             self.at_index = Sigmoid(self.x.gather(1, self.index))
-        else:
-            images, places = (i.unsqueeze(0) for i in self.positive.nonzero(as_tuple=True))
-            self.entries = images, self.labels[images, places], places
-            self.at_index = Sigmoid(self.x[self.entries])
 
-    def evaluate(self, formula: Formula, method: Literal["value", "slope"]) -> Tensor:
-        """Its weighted values or slopes, ``(b, C, n)``."""
-        result = getattr(formula, method)(self.s, 0 if self.y is None else self.y)
-        if self.y is None and self.whole:
-            ones = getattr(formula.of_classes(self.index), method)(self.at_index, 1)
-            chosen = torch.where(self.positive.unsqueeze(1), ones, result.gather(1, self.index))
-            result = result.scatter(1, self.index, chosen)
+    def _look_up(self) -> None:
+        if self.y is None:
+            images, places = (self.labels >= 0).nonzero(as_tuple=True)
+            entries: tuple[Tensor, ...] = images, self.labels[images, places], places
+            self.label_there: Label = 1
+        elif self.y.count_nonzero() * FEW < self.y.numel():
+            entries = self.y.nonzero(as_tuple=True)
+            self.label, self.label_there = 0, self.y[entries].unsqueeze(0)
+        else:
+            return
+        self.entries = tuple(index.unsqueeze(0) for index in entries)
+        self.at_entries = Sigmoid(self.x[self.entries])
+
+    def evaluate(
+        self, formula: Formula, method: Literal["value", "slope", "both"]
+    ) -> tuple[Tensor, ...]:
+        """Its weighted values, slopes, or both, ``(b, C, n)``."""
+
+        def results(formula: Formula, s: Sigmoid, y: Label) -> tuple[Tensor, ...]:
+            found = getattr(formula, method)(s, y)
+            return found if method == "both" else (found,)
+
+        found = results(formula, self.s, self.label)
+        if self.entries is not None:
+            chosen = results(formula.of_classes(self.entries[1]), self.at_entries, self.label_there)
+            found = tuple(map(self._put, found, chosen))
         elif self.y is None:
-            if any(result is shared for shared in vars(self.s).values()):
-                result = result.clone()
-            classes = self.entries[1]
-            result[self.entries] = getattr(formula.of_classes(classes), method)(self.at_index, 1)
-        return self.weighted(result)
+            chosen = results(formula.of_classes(self.index), self.at_index, 1)
+            found = tuple(map(self._scattered, found, chosen))
+        return tuple(map(self.weighted, found))
+
+    def _put(self, values: Tensor, chosen: Tensor) -> Tensor:
+        if any(values is shared for shared in vars(self.s).values()):
+            values = values.clone()
+        values[self.entries] = chosen
+        return values
+
+    def _scattered(self, values: Tensor, chosen: Tensor) -> Tensor:
+        chosen = torch.where(self.positive, chosen, values.gather(1, self.index))
+        return values.scatter(1, self.index, chosen)

@@ -432,7 +432,7 @@ class FocalFactor(Formula):
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         missed = self.missed(s, y)
         # d log(missed) / dx; whatever underflows in missed does so in mix, too.
-        tilt = mix(s.p, -s.q, y) / missed.clamp(min=torch.finfo(missed.dtype).tiny)
+        tilt = s.error(y) / missed.clamp(min=torch.finfo(missed.dtype).tiny)
         slope = FocalFactor.value(self, s, y) * tilt * (1 - missed) * self.gamma
         if self.reduced_threshold is None:
             return slope
@@ -442,7 +442,7 @@ class FocalFactor(Formula):
         """One minus the likelihood of the target."""
         if isinstance(y, Tensor):
             return -torch.expm1(-s.cross_entropy(y))
-        return mix(s.p, s.q, y)
+        return s.missed(y)
 
 
 @dataclass(frozen=True)
@@ -456,7 +456,7 @@ class WeightedFocal(FocalFactor):
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         ce = s.cross_entropy(y)
-        slope = super().slope(s, y) * ce + super().value(s, y) * mix(s.p, -s.q, y)
+        slope = super().slope(s, y) * ce + super().value(s, y) * s.error(y)
         return self.weighted(slope, y)
 
     def weighted(self, values: Tensor, y: Label) -> Tensor:
