@@ -246,11 +246,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class lazy:
     """An attribute that is computed when it is first asked for."""
 
-    def __init__(self, compute: Callable[[Any], Tensor]) -> None:
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
         self.compute = compute
         self.name = compute.__name__
 
-    def __get__(self, instance: Any, owner: type) -> Tensor:
+    def __get__(self, instance: Any, owner: type) -> Any:
         value = self.compute(instance)
         setattr(instance, self.name, value)
         return value

@@ -477,7 +477,7 @@ class Harmonised(Formula):
             x, w = tile.of(logits), tile.of(weight)
             kept = None if batch.weight is None else w != 0
             part = replace(batch, logits=x, target=tile.of(batch.target), weight=kept)
-            (found,) = pointwise(part, [Bin(self.bins)], summed=False)
+            (found,) = pointwise(part, maps=[Bin(self.bins)])
             each = counts.new_zeros(*x.shape[:2], self.bins)
             each = each.scatter_add(2, index_of(found, self.bins), w.to(counts).expand_as(x))
             counts = counts + each.sum((0, 1))
@@ -556,7 +556,7 @@ def _sigmoid_loss(
         )
     each = 1.0 if class_weights is None else batch.per_class(class_weights)
     if reduction == "none":
-        (values,) = pointwise(batch, [formula], summed=False)
+        (values,) = pointwise(batch, maps=[formula])
         return batch.entries(values * column(each))
     known = inputs.sums if isinstance(inputs, Statistics) else {}
     sums = known[formula] if formula in known else pointwise(batch, [formula])[0]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import Block, check_choice, compute_dtype
+from .base import Block, check_choice, compute_dtype, in_blocks, lazy
 
 Mode = Literal["multiclass", "binary", "multilabel"]
 
@@ -112,20 +112,26 @@ class Part:
     """
 
     def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
-        self.x = tile.of(logits).to(compute_dtype(logits.dtype))
+        self.tile, self.logits = tile, logits
+        self.dtype = compute_dtype(logits.dtype)
         self.w = self.left_out = None
         if weight is not None:
             w = tile.of(weight)
             left_out = w == 0
             if tile.holds(left_out):
                 self.left_out = left_out
-                self.x = tile.without(self.x, left_out)  # it may even be infinite
             if self.left_out is not None or w.dtype != torch.bool:
-                self.w = w.to(self.x.dtype)
+                self.w = w.to(self.dtype)
         y = tile.of(target)
-        self.y = y.to(self.x.dtype) if target.dim() == 3 else None
+        self.y = y.to(self.dtype) if target.dim() == 3 else None
         if self.y is None:
             self.labels = _labels(y, self.left_out)
+
+    @lazy
+    def x(self) -> Tensor:
+        x = self.tile.of(self.logits).to(self.dtype)
+        # Where it is left out it may even be infinite.
+        return x if self.left_out is None else self.tile.without(x, self.left_out)
 
     def weighted(self, values: Tensor) -> Tensor:
         """Values times the weight."""
@@ -304,7 +310,7 @@ def _check_labels(y: Tensor, kept: Tensor | None, limits: tuple[int, int], valid
     check_constant("the target", y)
     if not y.numel() or y.dtype == torch.bool or torch.compiler.is_compiling():
         return
-    if not (validate or y.device.type == "cpu"):
+    if not (validate or in_blocks(y)):
         return
     # Widened: torch would compare a uint8 label with -1 or 299 modulo 256.
     # Not aminmax, which would copy what is not contiguous.

@@ -69,12 +69,10 @@ class Hinge(Formula):
     """The hinge loss of the sign of y, times the size of y."""
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        assert isinstance(y, Tensor)
-        return (y.abs() - s.x * y).relu()
+        return (abs(y) - s.x * y).relu()
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        assert isinstance(y, Tensor)
-        return torch.where(y.abs() > s.x * y, -y, 0)
+        return -y * (abs(y) > s.x * y).to(s.x.dtype)
 
 
 @torch.no_grad()

@@ -83,6 +83,13 @@ class Sigmoid:
     def pos(self) -> Tensor:
         return F.softplus(-self.x) if self.differentiable else Sigmoid(-self.x).neg
 
+    @lazy
+    def mirrored(self) -> Sigmoid:
+        """The same of -x."""
+        result = Sigmoid(-self.x)
+        result.p, result.q = self.q, self.p
+        return result
+
     def missed(self, y: Label) -> Tensor:
         """The probability of the wrong answer."""
         if isinstance(y, Tensor):
@@ -205,24 +212,37 @@ class Squared(Formula):
         return 2 * s.p * s.spread
 
 
+@dataclass(frozen=True)
+class Mirrored(Formula):
+    """A formula for the other one of two classes: of 1 - p and 1 - y."""
+
+    formula: Formula
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return self.formula.value(s.mirrored, 1 - y)
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return -self.formula.slope(s.mirrored, 1 - y)
+
+
 def pointwise(
-    batch: Batch, formulas: Sequence[Formula], *, summed: bool = True
+    batch: Batch, sums: Sequence[Formula] = (), maps: Sequence[Formula] = ()
 ) -> tuple[Tensor, ...]:
     """Evaluate formulas on the logits, all of them in one pass.
 
     Returns:
-        For each formula its weighted sums over the places, ``(B, C)``, or all its weighted values,
-        ``(B, C, P)``; float32, or float64 where the logits are.
+        The weighted sums over the places of some formulas, ``(B, C)``, then all weighted values of
+        others, ``(B, C, P)``; float32, or float64 where the logits are.
     """
-    fitted = tuple(formula.fitted(batch) for formula in formulas)
+    fitted = [tuple(formula.fitted(batch) for formula in formulas) for formulas in (sums, maps)]
     keep = (
-        summed
-        and len(fitted) == 1
+        len(sums) == 1
+        and not maps
         and has_graph(batch.logits)
         and not torch.compiler.is_compiling()
         and batch.logits.dtype != torch.float16  # the slopes underflow before a loss scaler acts
     )
-    *results, _ = _Pointwise.apply(batch.logits, batch.target, batch.weight, fitted, summed, keep)
+    *results, _ = _Pointwise.apply(batch.logits, batch.target, batch.weight, *fitted, keep)
     return tuple(results)
 
 
@@ -234,37 +254,32 @@ class _Pointwise(torch.autograd.Function):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        formulas: tuple[Formula, ...],
-        summed: bool,
+        summed: tuple[Formula, ...],
+        mapped: tuple[Formula, ...],
         keep: bool,
     ) -> tuple[Tensor | None, ...]:
         tiles = blocks(logits)
         dtype = compute_dtype(logits.dtype)
-        if summed:
-            shape = (tiles[-1].part + 1, *logits.shape[:2])
-            results = [logits.new_zeros(shape, dtype=dtype) for _ in formulas]
-        else:
-            results = [torch.empty_like(logits, dtype=dtype) for _ in formulas]
+        shape = (tiles[-1].part + 1, *logits.shape[:2])
+        sums = [logits.new_zeros(shape, dtype=dtype) for _ in summed]
+        maps = [torch.empty_like(logits, dtype=dtype) for _ in mapped]
         kept = empty_gradient(logits) if keep else None
         for tile in tiles:
             block = _SigmoidBlock(tile, logits, target, weight)
-            for formula, result in zip(formulas, results, strict=True):
+            for formula, result in zip(mapped, maps, strict=True):
+                tile.of(result).copy_(block.evaluate(formula, "value")[0])
+            for formula, result in zip(summed, sums, strict=True):
                 if kept is None:
                     (values,) = block.evaluate(formula, "value")
                 else:
                     values, slopes = block.evaluate(formula, "both")
                     tile.of(kept).copy_(slopes)
-                if summed:
-                    result[tile.part, tile.rows] = values.sum(-1)
-                else:
-                    tile.of(result).copy_(values)
-        if summed:
-            results = [result.sum(0) for result in results]
-        return *results, kept
+                result[tile.part, tile.rows] = values.sum(-1)
+        return *(result.sum(0) for result in sums), *maps, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.formulas, ctx.summed, _ = inputs
+        *tensors, ctx.summed, ctx.mapped, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.kept = output[-1]
@@ -274,18 +289,21 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
-        found = [(f, g) for f, g in zip(ctx.formulas, grads, strict=False) if g is not None]
+        count = len(ctx.summed)
+        factors = (*(g if g is None else g.unsqueeze(-1) for g in grads[:count]), *grads[count:-1])
+        pairs = zip((*ctx.summed, *ctx.mapped), factors, strict=True)
+        found = [(formula, factor) for formula, factor in pairs if factor is not None]
         if not found:
             return None, *nothing
-        scales = [grad.unsqueeze(-1) if ctx.summed else grad for _, grad in found]
         logits, target, weight = ctx.saved_tensors
 
         def gradient(tile: Block) -> Tensor:
             block = _SigmoidBlock(tile, logits, target, weight)
             slopes = [block.evaluate(formula, "slope")[0] for formula, _ in found]
-            total = slopes[0] * tile.of(scales[0])
+            scales = [tile.of(factor) for _, factor in found]
+            total = slopes[0] * scales[0]
             for slope, scale in zip(slopes[1:], scales[1:], strict=True):
-                total = total.addcmul(slope, tile.of(scale))
+                total = total.addcmul(slope, scale)
             return total
 
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
@@ -293,8 +311,9 @@ class _Pointwise(torch.autograd.Function):
         if ctx.kept is not None:
             # Handed over, to be anyone's; another backward evaluates the slopes anew.
             result, ctx.kept = ctx.kept, None
-            if not in_blocks(result) or (scales[0] != 1).any():
-                result.mul_(scales[0])
+            ((_, factor),) = found
+            if not in_blocks(result) or (factor != 1).any():
+                result.mul_(factor)
             return result, *nothing
         result = empty_gradient(logits)
         for tile in blocks(logits):

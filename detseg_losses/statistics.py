@@ -16,9 +16,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import WHOLE, Block, blocks, compute_dtype
+from .base import WHOLE, Block, blocks, compute_dtype, empty_gradient, has_graph, lazy
 from .layout import Batch, Mode, Part, segmentation_batch
-from .pointwise import Formula, Predicted, Squared, TruePositive, lazy, pointwise
+from .pointwise import (
+    Formula,
+    Label,
+    Mirrored,
+    Predicted,
+    Sigmoid,
+    Squared,
+    TruePositive,
+    pointwise,
+)
 
 Need = Literal["regions", "squares", "nll", "smooth"] | Formula
 """What a loss asks of the engine: region counts, one of the maps, or the sums of a formula."""
@@ -52,6 +61,10 @@ class Statistics:
     nll: Tensor = field(init=False)
     smooth: Tensor = field(init=False)
     sums: dict[Formula, Tensor] = field(default_factory=dict)
+
+
+FEW = 4
+"""Of so few classes each label is compared with all, which is faster than to look its own up."""
 
 
 def statistics(
@@ -108,16 +121,13 @@ def measure(
     needs = list(dict.fromkeys(needs))  # in their order, on which the last digits depend
     formulas = [need for need in needs if isinstance(need, Formula)]
     result = Statistics(batch)
-    if batch.mode == "multiclass":
+    softmax = batch.mode == "multiclass"
+    if softmax:
         weights = batch.per_class(class_weights)
-        wants = ("nll" in needs, "smooth" in needs, "regions" in needs, "squares" in needs)
-        if any(wants):
-            tensors = batch.logits, batch.target, batch.weight, weights
-            # Maps alone are kept by the formulas on them: not the exponentials as well.
-            keep = keep and "regions" in needs and torch.is_grad_enabled()
-            keep = keep and batch.logits.requires_grad
-            result.nll, result.smooth, *counts, _ = _Softmax.apply(*tensors, wants, keep)
-            result.tp, result.pred, result.pred_sq = counts
+        if _one_sigmoid(batch):
+            _measure_two(result, needs, weights)
+        else:
+            _measure_classes(result, needs, weights, keep)
     elif {"nll", "smooth"} & set(needs):
         raise ValueError(
             f"a softmax over classes has no meaning in mode {batch.mode!r}; use 'bce' or 'focal', "
@@ -130,13 +140,88 @@ def measure(
         result.sums = dict(zip(formulas, pointwise(batch, formulas), strict=True))
     if "regions" in needs:
         result.true = _true(batch)
-        if batch.mode != "multiclass":
+        if not softmax:
             result.pred, result.tp = result.sums[Predicted()], result.sums[TruePositive()]
     if "squares" in needs:
         result.true_sq = _true(batch, power=2)
-        if batch.mode != "multiclass":
+        if not softmax:
             result.pred_sq = result.sums[Squared()]
     return result
+
+
+def _one_sigmoid(batch: Batch) -> bool:
+    """Whether a softmax is that of two classes and nothing stands against computing it as one
+    sigmoid, of the difference of the logits, which half precision would round.
+    """
+    logits, weight = batch.logits, batch.weight
+    return (
+        logits.shape[1] == 2
+        and not batch.dense
+        and logits.dtype == batch.dtype
+        and (weight is None or weight.dtype == torch.bool)  # maps are not weighted
+    )
+
+
+def _measure_two(result: Statistics, needs: Sequence[Need], weights: Tensor | None) -> None:
+    """The statistics of two classes; everything is that of one and its mirror image."""
+    batch = result.batch
+    first, second = batch.logits.unbind(1)
+    one = replace(batch, logits=(second - first).unsqueeze(1), target=batch.target.unsqueeze(1))
+    formulas: dict[str, Formula] = {}
+    if "regions" in needs:
+        formulas |= {"pred": Predicted(), "tp": TruePositive()}
+    if "squares" in needs:
+        formulas["pred_sq"] = Squared()
+    maps: dict[str, Formula] = {}
+    if "nll" in needs:
+        maps["nll"] = OfLabel()
+    if "smooth" in needs:
+        maps["smooth"] = OfBoth(*(1, 1) if weights is None else weights.unbind())
+    both = [each for formula in formulas.values() for each in (Mirrored(formula), formula)]
+    found = iter(pointwise(one, both, list(maps.values())))
+    for name in formulas:
+        setattr(result, name, torch.cat((next(found), next(found)), 1))
+    for name in maps:
+        setattr(result, name, next(found).squeeze(1))
+
+
+@dataclass(frozen=True)
+class OfLabel(Formula):
+    """The negative log likelihood of the label, one of two."""
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.cross_entropy(y)
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.error(y)
+
+
+@dataclass(frozen=True)
+class OfBoth(Formula):
+    """The negative log likelihoods of two classes, with their weights."""
+
+    first: Tensor | float
+    second: Tensor | float
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return self.first * s.neg + self.second * s.pos
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return self.first * s.p - self.second * s.q
+
+
+def _measure_classes(
+    result: Statistics, needs: Sequence[Need], weights: Tensor | None, keep: bool
+) -> None:
+    """The statistics of a softmax."""
+    batch = result.batch
+    wants = ("nll" in needs, "smooth" in needs, "regions" in needs, "squares" in needs)
+    if any(wants):
+        # Maps alone are kept by the formulas on them: not the exponentials as well.
+        keep = keep and wants[2] and has_graph(batch.logits)
+        tensors = batch.logits, batch.target, batch.weight, weights
+        result.nll, result.smooth, *counts, _ = _Softmax.apply(*tensors, wants, keep)
+        result.tp, result.pred, result.pred_sq = counts
 
 
 def weighted_counts(batch: Batch, factor: Tensor) -> Statistics:
@@ -168,7 +253,7 @@ def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 
     By way of bins of 1024 values: one long chain of float32 additions would lose digits.
     """
-    if classes == 2:
+    if classes == 2:  # without a look-up, which takes longer than all else
         second = values * labels.to(values.dtype)
         return torch.stack(((values - second).sum(-1), second.sum(-1)), 1)
     images, places = labels.shape
@@ -198,7 +283,7 @@ class _Softmax(torch.autograd.Function):
         tiles = blocks(logits)
         # Time is dear on the CPU, elsewhere it is memory.
         keep = keep and tiles[0] is not WHOLE and logits.dtype == dtype
-        kept = torch.empty_like(logits) if keep else None
+        kept = empty_gradient(logits) if keep else None
         nll = logits.new_empty((images, places), dtype=dtype) if wants[0] else None
         smooth = logits.new_empty((images, places), dtype=dtype) if wants[1] else None
         counts = logits.new_zeros((3, tiles[-1].part + 1, images, classes), dtype=dtype)
@@ -230,26 +315,25 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, weight, class_weights = ctx.saved_tensors
-        others = target, weight, class_weights
         nothing = (None,) * 5
-        grads = grads[:-1]
-        if all(grad is None for grad in grads):
+        maps, counts = grads[:2], grads[2:-1]
+        if all(grad is None for grad in (*maps, *counts)):
             return None, *nothing
+        logits, target, weight, class_weights = ctx.saved_tensors
+
+        def gradient(tile: Block, e: Tensor | None = None) -> Tensor:
+            block = _SoftmaxBlock(tile, logits, target, weight, class_weights, e)
+            of_block = [None if g is None else tile.of(g) for g in maps]
+            of_images = [None if g is None else g[tile.rows] for g in counts]
+            return block.gradient(*of_block, *of_images)
+
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
-            gradient = _SoftmaxBlock(WHOLE, logits, *others).gradient(*grads)
-            return gradient.to(logits.dtype), *nothing
+            return gradient(WHOLE).to(logits.dtype), *nothing
         # The gradient is written over what was kept; another backward computes that anew.
-        kept = ctx.kept
-        if kept is not None:
-            ctx.kept = None
-        result = torch.empty_like(logits) if kept is None else kept
+        kept, ctx.kept = ctx.kept, None
+        result = empty_gradient(logits) if kept is None else kept
         for tile in blocks(logits):
-            maps = (None if g is None else tile.of(g) for g in grads[:2])
-            counts = (None if g is None else g[tile.rows] for g in grads[2:])
-            e = None if kept is None else tile.of(kept)
-            gradient = _SoftmaxBlock(tile, logits, *others, e=e).gradient(*maps, *counts)
-            tile.of(result).copy_(gradient)
+            tile.of(result).copy_(gradient(tile, None if kept is None else tile.of(kept)))
         return result, *nothing
 
 
@@ -269,15 +353,27 @@ class _SoftmaxBlock(Part):
         e: Tensor | None = None,
     ) -> None:
         super().__init__(tile, logits, target, weight)
-        if e is None:
-            self.top = self.x.amax(1, keepdim=True)
-            e = (self.x - self.top).exp_()
-        self.e = e
-        self.z = e.sum(1, keepdim=True)
+        self.e = self.x.sub(self.top).exp_() if e is None else e
+        self.z = self.e.sum(1, keepdim=True)
         self.share = self.weighted(self.z.reciprocal())  # w / z: what each e counts
         self.class_weights = None if class_weights is None else class_weights[:, None]
+        self.target_weights = self.y
+        """The weight of each class in the nll of a dense target."""
+        if self.y is not None and self.class_weights is not None:
+            self.target_weights = self.y * self.class_weights
+        elif self.y is None and tile is not WHOLE and self.e.shape[1] <= FEW:
+            self.y = self.target_weights = self.hot()
         if self.y is None:
             self.index = self.labels.unsqueeze(1)
+
+    def hot(self) -> Tensor:
+        """The labels as a dense target."""
+        classes = torch.arange(self.e.shape[1], device=self.e.device).unsqueeze(1)
+        return (self.labels.unsqueeze(1) == classes).to(self.dtype)
+
+    @lazy
+    def top(self) -> Tensor:
+        return self.x.amax(1, keepdim=True)
 
     @lazy
     def missing(self) -> Tensor:
@@ -285,25 +381,22 @@ class _SoftmaxBlock(Part):
         return self.top - self.x.gather(1, self.index)
 
     def nll(self) -> Tensor:
-        if self.y is None:
-            return self.counted((self.missing + self.z.log()).squeeze(1))
-        weights = self.target_weights(self.y)
-        missing = (weights * (self.top - self.x)).sum(1)
-        return self.counted(missing + weights.sum(1) * self.z.log().squeeze(1))
+        if self.target_weights is not None:
+            return self.log_likelihood(self.target_weights)
+        return self.counted((self.missing + self.z.log()).squeeze(1))
 
     def smooth(self) -> Tensor:
-        weights = self.smooth_weights()
-        missing = (weights * (self.top - self.x)).sum(1)
-        return self.counted(missing + weights.sum() * self.z.log().squeeze(1))
+        return self.log_likelihood(self.smooth_weights())
 
-    def target_weights(self, y: Tensor) -> Tensor:
-        """The weight of each class in the nll of a dense target."""
-        return y if self.class_weights is None else y * self.class_weights
+    def log_likelihood(self, weights: Tensor) -> Tensor:
+        """``-sum_c w_c log p_c`` with weights ``(b, C, n)`` or ``(C, 1)``."""
+        missing = (weights * (self.top - self.x)).sum(1)
+        return self.counted(missing + weights.sum(-2) * self.z.log().squeeze(1))
 
     def smooth_weights(self) -> Tensor:
         """The weight of each class in ``smooth``, ``(C, 1)``."""
         if self.class_weights is None:
-            return self.x.new_ones((self.x.shape[1], 1))
+            return self.e.new_ones((self.e.shape[1], 1))
         return self.class_weights
 
     def pred(self) -> Tensor:
@@ -316,7 +409,7 @@ class _SoftmaxBlock(Part):
         if self.y is not None:
             return (self.e * self.share * self.y).sum(-1)
         hit = (-self.missing).exp_() * self.share
-        return _class_sums(hit.squeeze(1), self.labels, self.x.shape[1])
+        return _class_sums(hit.squeeze(1), self.labels, self.e.shape[1])
 
     def gradient(
         self,
@@ -336,6 +429,7 @@ class _SoftmaxBlock(Part):
         rows = []  # r, one number a pixel
         rest = []  # -s
         at_label = []  # -s where c is the label
+        weighted = []  # the gradients of maps, and the weights of their classes
         if pred is not None:
             each = pred.unsqueeze(-1)
         if tp is not None and self.y is not None:
@@ -348,19 +442,18 @@ class _SoftmaxBlock(Part):
             each = 2 * pred_sq.unsqueeze(-1) * self.e / self.z + (0 if each is None else each)
         if each is not None:
             rows.append(-(self.e * each).sum(1, keepdim=True) * self.share)
-        if nll is not None:
+        if nll is not None and self.target_weights is not None:
+            weighted.append((nll, self.target_weights))
+        elif nll is not None:
             nll = self.counted(nll).unsqueeze(1)
-            if self.y is not None:
-                weights = self.target_weights(self.y)
-                rows.append(nll * weights.sum(1, keepdim=True))
-                rest.append(-nll * weights)
-            else:
-                rows.append(nll)
-                at_label.append(-nll)
+            rows.append(nll)
+            at_label.append(-nll)
         if smooth is not None:
-            smooth, weights = self.counted(smooth).unsqueeze(1), self.smooth_weights()
-            rows.append(smooth * weights.sum())
-            rest.append(-smooth * weights)
+            weighted.append((smooth, self.smooth_weights()))
+        for grad, weights in weighted:
+            grad = self.counted(grad).unsqueeze(1)
+            rows.append(grad * weights.sum(-2, keepdim=True))
+            rest.append(-grad * weights)
         row = reduce(add, rows) / self.z
         gradient = self.e * (row if each is None else torch.addcmul(row, each, self.share))
         if rest:

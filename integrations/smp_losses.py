@@ -260,7 +260,7 @@ class FocalLoss(_Loss):
         if self.normalized:
             norm = pointwise(batch, [factor])[0].sum(0).clamp_min(1e-6)
         if self.mode == BINARY_MODE and self.reduction == "none":
-            (values,) = pointwise(batch, [focal], summed=False)
+            (values,) = pointwise(batch, maps=[focal])
             return (values if batch.weight is None else values[batch.weight]).flatten() / norm
         sums = pointwise(batch, [focal])[0].sum(0) / norm
         return _mean_of_classes(divide(sums, self._counts(batch)), self.class_weights)
@@ -343,7 +343,7 @@ class SoftBCEWithLogitsLoss(nn.Module):
             batch.target = divide(positive, 1 - y + positive)
         formula = CrossEntropy(1.0)
         if self.reduction == "none":
-            return pointwise(batch, [formula], summed=False)[0].reshape(y_pred.shape)
+            return pointwise(batch, maps=[formula])[0].reshape(y_pred.shape)
         total = pointwise(batch, [formula])[0].sum()
         return total / y_pred.numel() if self.reduction == "mean" else total
 
