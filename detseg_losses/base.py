@@ -96,7 +96,8 @@ class Loss(nn.Module):
     compiled loss is compiled anew for each value of such an option.
 
     Raises:
-        TypeError: on an option that the function does not have, or that cannot be on a ramp.
+        TypeError: on an option that the function does not have, a value that is not True or False
+            where one is wanted, or a ramp for what is not a number.
     """
 
     name: ClassVar[str]
@@ -121,6 +122,8 @@ class Loss(nn.Module):
                 )
             if option == "reduction":
                 check_choice("reduction", value, Reduction)
+            if type(self.known[option]) is bool and type(value) is not bool:
+                raise TypeError(f"{option!r} of {self.name} is True or False, not {value!r}")
             if isinstance(value, Ramp) and type(self.known[option]) is not float:
                 raise TypeError(f"{option!r} of {self.name} cannot be on a ramp, only a number can")
             if isinstance(value, (list, tuple, Tensor)):

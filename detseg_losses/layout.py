@@ -87,7 +87,7 @@ class Batch:
         """Numbers of the classes as a tensor ``(C,)`` beside the logits; None as it is.
 
         Raises:
-            ValueError: on another number of weights.
+            ValueError: on another number of weights, or negative ones where that can be seen.
         """
         if weights is None:
             return None
@@ -97,6 +97,8 @@ class Batch:
             raise ValueError(
                 f"weights of the shape {tuple(weights.shape)} for {self.logits.shape[1]} classes"
             )
+        if in_blocks(weights) and (weights < 0).any():
+            raise ValueError(f"weights of the classes must not be negative: {weights.tolist()}")
         return weights
 
 
@@ -313,8 +315,9 @@ def _check_labels(y: Tensor, kept: Tensor | None, limits: tuple[int, int], valid
     if not (validate or in_blocks(y)):
         return
     # Widened: torch would compare a uint8 label with -1 or 299 modulo 256.
-    # Not aminmax, which would copy what is not contiguous.
-    smallest, largest = y.amin().float(), y.amax().float()
+    # min and max would copy the views of a dense target, amin and amax are slow on integers.
+    extremes = (y.amin(), y.amax()) if y.is_floating_point() else (y.min(), y.max())
+    smallest, largest = (value.float() for value in extremes)
     if low <= smallest and largest <= high:
         return
     values = y.float()

@@ -69,10 +69,14 @@ class Hinge(Formula):
     """The hinge loss of the sign of y, times the size of y."""
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return (abs(y) - s.x * y).relu()
+        return (size(y) - s.x * y).relu()
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return -y * (abs(y) > s.x * y).to(s.x.dtype)
+        return -y * (size(y) > s.x * y).to(s.x.dtype)
+
+
+def size(y: Label) -> Tensor | float:
+    return y.abs() if isinstance(y, Tensor) else abs(y)
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ from .layout import Batch, Part
 Label: TypeAlias = "Tensor | int"
 """A target between 0 and 1: a tensor, or one of the constants 0 and 1, which cost nothing."""
 
+Method = Literal["value", "slope", "both"]
+
 FEW = 16
 """Of so many entries one is looked up faster than all are computed."""
 
@@ -279,7 +281,7 @@ class _Pointwise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.summed, ctx.mapped, _ = inputs
+        *tensors, ctx.summed, ctx.mapped, ctx.keep = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.kept = output[-1]
@@ -299,7 +301,9 @@ class _Pointwise(torch.autograd.Function):
 
         def gradient(tile: Block) -> Tensor:
             block = _SigmoidBlock(tile, logits, target, weight)
-            slopes = [block.evaluate(formula, "slope")[0] for formula, _ in found]
+            # In the same way as those that are kept, for another backward gives the same digits.
+            method: Method = "both" if ctx.keep else "slope"
+            slopes = [block.evaluate(formula, method)[-1] for formula, _ in found]
             scales = [tile.of(factor) for _, factor in found]
             total = slopes[0] * scales[0]
             for slope, scale in zip(slopes[1:], scales[1:], strict=True):
@@ -342,7 +346,8 @@ class _SigmoidBlock(Part):
             images, places = (self.labels >= 0).nonzero(as_tuple=True)
             entries: tuple[Tensor, ...] = images, self.labels[images, places], places
             self.label_there: Label = 1
-        elif self.y.count_nonzero() * FEW < self.y.numel():
+        # The sum is little work; to count takes long where the entries are no use looking up.
+        elif all(count() * FEW < self.y.numel() for count in (self.y.sum, self.y.count_nonzero)):
             entries = self.y.nonzero(as_tuple=True)
             self.label, self.label_there = 0, self.y[entries].unsqueeze(0)
         else:
@@ -350,9 +355,7 @@ class _SigmoidBlock(Part):
         self.entries = tuple(index.unsqueeze(0) for index in entries)
         self.at_entries = Sigmoid(self.x[self.entries])
 
-    def evaluate(
-        self, formula: Formula, method: Literal["value", "slope", "both"]
-    ) -> tuple[Tensor, ...]:
+    def evaluate(self, formula: Formula, method: Method) -> tuple[Tensor, ...]:
         """Its weighted values, slopes, or both, ``(b, C, n)``."""
 
         def results(formula: Formula, s: Sigmoid, y: Label) -> tuple[Tensor, ...]:

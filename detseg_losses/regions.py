@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -19,6 +19,7 @@ from .base import (
     Loss,
     Reduction,
     check_choice,
+    check_not_negative,
     divide,
     mean_of_sums,
     register,
@@ -83,7 +84,7 @@ def dice_loss(
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
     r = regions(logits, target, **options)
-    return r.reduce(1 - divide(2 * r.tp + smooth, r.pred + r.true + smooth))
+    return r.reduce(1 - r.dice(smooth))
 
 
 def jaccard_loss(
@@ -107,7 +108,7 @@ def jaccard_loss(
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
     r = regions(logits, target, **options)
-    return r.reduce(1 - divide(r.tp + smooth, r.pred + r.true - r.tp + smooth))
+    return r.reduce(1 - r.tversky(1, 1, smooth))
 
 
 def tversky_loss(
@@ -234,7 +235,8 @@ def generalised_dice_loss(
         weights = weights * r.class_weights
     hits = (weights * r.tp).sum(-1, keepdim=True)
     area = (weights * (r.pred + r.true)).sum(-1, keepdim=True)
-    return r.reduce((1 - divide(2 * hits, area)).expand_as(r.tp))
+    loss = (1 - divide(2 * hits, area)).expand_as(r.tp)
+    return replace(r, class_weights=None).reduce(loss)  # which are in it
 
 
 def log_cosh_dice_loss(
@@ -261,9 +263,8 @@ def log_cosh_dice_loss(
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
     r = regions(logits, target, **options)
-    dice = 1 - divide(2 * r.tp + smooth, r.pred + r.true + smooth)
     # cosh d = 1 + 2 sinh(d / 2)^2, without rounding to 1 where d is small
-    return r.reduce(torch.log1p(2 * (dice / 2).sinh().square()))
+    return r.reduce(torch.log1p(2 * ((1 - r.dice(smooth)) / 2).sinh().square()))
 
 
 def f1_loss(
@@ -360,8 +361,14 @@ class Regions:
     def fn(self) -> Tensor:
         return self.true - self.tp
 
+    def dice(self, smooth: float) -> Tensor:
+        """The Dice coefficient."""
+        check_not_negative("smooth", smooth)
+        return divide(2 * self.tp + smooth, self.pred + self.true + smooth)
+
     def tversky(self, alpha: float, beta: float, smooth: float) -> Tensor:
         """The Tversky index."""
+        check_not_negative("smooth", smooth)
         return divide(self.tp + smooth, self.tp + alpha * self.fp + beta * self.fn + smooth)
 
     def reduce(self, loss: Tensor) -> Tensor:

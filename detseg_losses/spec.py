@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import inspect
 import math
@@ -169,6 +168,8 @@ def _literal(keyword: ast.keyword, spec: str) -> Any:
 
 
 def _nearest(name: str, known: Any) -> str:
+    import difflib  # takes longer than the rest of this file, and is for mistakes only
+
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     choices = ", ".join(sorted(known))
     return f"; did you mean {close[0]!r}?" if close else f"; there are {choices}"
