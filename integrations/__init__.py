@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 ADAPTERS = {
+    "torchvision.models.detection.faster_rcnn.FasterRCNN": "torchvision_rcnn",
     "torchvision.models.detection.retinanet.RetinaNet": "torchvision_retinanet",
     "segmentation_models_pytorch.base.model.SegmentationModel": "smp",
 }
