@@ -23,7 +23,12 @@ from torchvision.ops import roi_align
 
 import detseg_losses
 from detseg_losses import SpecError
-from detseg_losses.integrations import ModelLosses, restore_losses, use_losses
+from detseg_losses.integrations import (
+    ModelLosses,
+    restore_losses,
+    torchvision_rcnn,
+    use_losses,
+)
 from detseg_losses.spec import names_of_kind, read_stages
 from processes import run_in_processes
 
@@ -303,6 +308,15 @@ def test_the_sampled_anchors_alone_count_in_the_rpn(images, targets):
     assert not deltas.grad[1:].any()
 
 
+@pytest.mark.parametrize("boxes", ["giou", "ciou", "l1"])
+def test_all_rows_give_what_the_few_that_count_give(boxes, images, targets, monkeypatch):
+    """On a GPU the rows that count are not looked up, which would make the device wait."""
+    model = use_losses(small_rcnn(), f"rpn: {boxes}+focal; roi: {boxes}+ce")
+    few = run(model, images, targets)
+    monkeypatch.setattr(torchvision_rcnn, "rows_where", lambda mask: slice(None))
+    assert_equal(few, run(model, images, targets), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*exclude each other")
 def test_a_string_without_stages_is_for_both(images, targets):
     model = small_rcnn(MaskRCNN)
@@ -316,8 +330,11 @@ def test_a_string_without_stages_is_for_both(images, targets):
 
 def test_sigmoid_losses_in_a_softmax_are_taken_for_their_counterparts(images, targets):
     model = small_rcnn(KeypointRCNN)
-    with pytest.warns(UserWarning, match="stage 'roi' of KeypointRCNN.*'bce' is taken as 'ce'"):
+    with pytest.warns(
+        UserWarning, match="stage 'roi' of KeypointRCNN.*'bce' is taken as 'ce'"
+    ) as caught:
         use_losses(model, f"{BOXES}+bce")
+    assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="stage 'keypoint'.*'focal' is taken as 'softmax_focal'"):
         use_losses(model, "keypoint: focal")
 
@@ -514,6 +531,25 @@ def deterministic(model):
     model.rpn.fg_bg_sampler = FirstOnes(2, 6)
     model.roi_heads.fg_bg_sampler = FirstOnes(1, 4)
     return model
+
+
+def test_meta_device_finds_no_wait_for_the_device():
+    """A copy to the host, or a tensor of another device, raises on meta."""
+    model = deterministic(use_losses(small_rcnn(), "rpn: giou+l1+focal; roi: ciou+l1+ce+ohem"))
+    with torch.device("meta"):
+        anchors, truths = [torch.rand(50, 4)] * 2, [torch.rand(50, 4)] * 2
+        logits = torch.randn(100, 1, requires_grad=True)
+        deltas = torch.randn(100, 4, requires_grad=True)
+        model.rpn._matched = torch.cat(anchors), torch.cat(truths)
+        labels = [torch.zeros(50)] * 2
+        sum(model.rpn.compute_loss(logits, deltas, labels, truths)).backward()
+        classes = [torch.zeros(50, dtype=torch.long)] * 2
+        scores = torch.randn(100, CLASSES, requires_grad=True)
+        offsets = torch.randn(100, 4 * CLASSES, requires_grad=True)
+        losses = model.roi_heads._roi_losses(scores, offsets, anchors, classes, truths)
+        sum(losses.values()).backward()
+    assert deltas.grad.shape == (100, 4)
+    assert offsets.grad.shape == (100, 4 * CLASSES)
 
 
 def test_two_processes_equal_one(images, targets):
