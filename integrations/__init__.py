@@ -10,6 +10,9 @@ from torch import nn
 
 ADAPTERS = {
     "torchvision.models.detection.retinanet.RetinaNet": "torchvision_retinanet",
+    "torchvision.models.segmentation.deeplabv3.DeepLabV3": "torchvision_segmentation",
+    "torchvision.models.segmentation.fcn.FCN": "torchvision_segmentation",
+    "torchvision.models.segmentation.lraspp.LRASPP": "torchvision_segmentation",
     "segmentation_models_pytorch.base.model.SegmentationModel": "smp",
 }
 """The file that adapts each model class, and what is derived from it."""
