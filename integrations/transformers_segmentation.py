@@ -66,7 +66,6 @@ def use_losses(
         ignore_index = config.loss_ignore_index if ignore_index is None else ignore_index
     classes = config.num_labels
     loss = read_losses(spec, classes, mode=mode, ignore_index=ignore_index, **defaults)
-    restore_losses(model)
     attach(model, loss, _take_labels, _give_loss)
     model.accepts_loss_kwargs = False
     auxiliary_head = getattr(model, "auxiliary_head", None)

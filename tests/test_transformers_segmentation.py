@@ -1,4 +1,4 @@
-"""The adapter of transformers' segmentation models: their own numbers for ``ce``, and any losses."""
+"""The adapter of transformers' segmentation models: their own numbers for ``ce``, and any else."""
 
 import copy
 import inspect
