@@ -13,7 +13,25 @@ from detseg_losses.spec import LossSum
 ADAPTERS = {
     "torchvision.models.detection.faster_rcnn.FasterRCNN": "torchvision_rcnn",
     "torchvision.models.detection.retinanet.RetinaNet": "torchvision_retinanet",
+    "torchvision.models.segmentation.deeplabv3.DeepLabV3": "torchvision_segmentation",
+    "torchvision.models.segmentation.fcn.FCN": "torchvision_segmentation",
+    "torchvision.models.segmentation.lraspp.LRASPP": "torchvision_segmentation",
     "segmentation_models_pytorch.base.model.SegmentationModel": "smp",
+    **{
+        f"transformers.models.{name}ForSemanticSegmentation": "transformers_segmentation"
+        for name in (
+            "beit.modeling_beit.Beit",
+            "data2vec.modeling_data2vec_vision.Data2VecVision",
+            "dpt.modeling_dpt.DPT",
+            "mobilenet_v2.modeling_mobilenet_v2.MobileNetV2",
+            "mobilevit.modeling_mobilevit.MobileViT",
+            "mobilevitv2.modeling_mobilevitv2.MobileViTV2",
+            "sapiens2.modeling_sapiens2.Sapiens2",
+            "segformer.modeling_segformer.Segformer",
+            "tipsv2_dpt.modeling_tipsv2_dpt.Tipsv2Dpt",
+            "upernet.modeling_upernet.UperNet",
+        )
+    },
 }
 """The file that adapts each model class, and what is derived from it."""
 

@@ -14,6 +14,7 @@ from segmentation_models_pytorch.base.modules import Activation
 from torch import Tensor, nn
 
 from detseg_losses.classification import binary_cross_entropy_loss
+from detseg_losses.integrations.segmentation import attach, classes_of, detach, read_losses, taken
 from detseg_losses.integrations.smp_losses import (
     BINARY_MODE,
     MULTICLASS_MODE,
@@ -26,8 +27,7 @@ from detseg_losses.integrations.smp_losses import (
     TverskyLoss,
 )
 from detseg_losses.layout import Mode
-from detseg_losses.pixels import PixelLoss, cross_entropy_loss
-from detseg_losses.spec import LossSum, SpecError, build_loss
+from detseg_losses.pixels import cross_entropy_loss
 
 __all__ = [
     "BINARY_MODE",
@@ -84,24 +84,15 @@ def use_losses(
         ValueError: where the segmentation head ends in an activation.
     """
     _check_logits(model.segmentation_head, "activation=None")
-    loss = build_loss(spec, kind="segmentation", mode=mode, ignore_index=ignore_index, **defaults)
-    _check_fit(loss, model)
-    restore_losses(model)
-    model.loss = loss.adapt(model)
-    model._loss_hooks = (
-        model.register_forward_pre_hook(_take_targets, with_kwargs=True),
-        model.register_forward_hook(_give_losses),
-    )
+    classes = classes_of(model.segmentation_head)
+    loss = read_losses(spec, classes, mode=mode, ignore_index=ignore_index, **defaults)
+    attach(model, loss, _take_targets, _give_losses)
     return model
 
 
 def restore_losses(model: SegmentationModel) -> SegmentationModel:
     """Undo :func:`use_losses`, in place."""
-    if hasattr(model, "_loss_hooks"):
-        for handle in model._loss_hooks:
-            handle.remove()
-        del model.loss, model._loss_hooks
-        model.__dict__.pop("_targets", None)
+    detach(model)
     return model
 
 
@@ -120,8 +111,7 @@ def _call(
 
 
 def _give_losses(model: SegmentationModel, args: tuple[Any, ...], output: Any) -> Any:
-    masks, labels = model._targets
-    model._targets = None
+    masks, labels = taken(model)
     if not model.training or masks is None:
         return output
     logits, class_logits = output if isinstance(output, tuple) else (output, None)
@@ -139,28 +129,6 @@ def _classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] > 1 and labels.dim() == 1:
         return cross_entropy_loss(logits, labels)
     return binary_cross_entropy_loss(logits, labels.reshape(logits.shape))
-
-
-def _check_fit(loss: LossSum, model: SegmentationModel) -> None:
-    """Raise on terms that have no meaning for the number of classes of the model."""
-    classes = [m for m in model.segmentation_head.modules() if isinstance(m, nn.Conv2d)][
-        -1
-    ].out_channels
-    loss.check_classes(classes)
-    for name, _, term in loss.items():
-        options = term.options
-        mode = options["mode"] or ("binary" if classes == 1 else "multiclass")
-        if isinstance(term, PixelLoss) and mode != "multiclass":
-            raise SpecError(
-                f"{name!r} is a loss of classes that exclude each other, and has no meaning for "
-                f"{mode} masks (the model has {classes} class(es)); use 'bce' or 'focal'"
-            )
-        if (mode == "multiclass" and classes == 1) or (mode == "binary" and classes > 1):
-            raise SpecError(
-                f"{name!r}: mode={mode!r} does not fit a model with {classes} class(es)"
-            )
-        if options["reduction"] == "none":
-            raise SpecError(f"{name!r}: a model trains on one number; leave reduction='none' out")
 
 
 def _check_logits(head: nn.Module, remedy: str) -> None:

@@ -5,7 +5,7 @@ Without further options it learns synthetic shapes, drawn on first use: no data 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from common.errors import usage_errors
 from common.evaluate import check_classes, evaluate_segmenter, normalize, segment
 from common.report import draw_masks, handful, plot_curves, print_metrics, write_metrics
 from common.segmenters import build_segmenter, load_segmenter_weights
+from detseg_losses import LossSum
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import VOID
 
@@ -43,8 +44,10 @@ def main() -> None:
         )
 
     def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = model(normalize(batch["image"], config.data), batch["mask"])
-        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
+        output = model(normalize(batch["image"], config.data), batch["mask"])
+        # Transformers' models return the sum, beside their logits; the others the terms.
+        loss = output["loss"] if "loss" in output else sum(output.values())
+        return loss, cast(LossSum, segmenter.loss).values
 
     def evaluate() -> dict[str, Any]:
         return evaluate_segmenter(fabric, segmenter, val, config.data, config.train.batch_size)

@@ -129,14 +129,20 @@ class SegmenterConfig:
     """Model.
 
     Args:
-        name: Architecture of segmentation_models_pytorch: unet, fpn, deeplabv3plus, segformer, ...
-        encoder: Its encoder: resnet18, mobilenet_v2, efficientnet-b0, mit_b0, ...
+        name: Architecture of segmentation_models_pytorch: unet, fpn, deeplabv3plus, segformer, ...;
+            or a complete model: fcn_resnet50, deeplabv3_resnet50, deeplabv3_mobilenet_v3_large,
+            lraspp_mobilenet_v3_large, ... of torchvision, segformer_b0 to segformer_b5 of
+            transformers.
+        encoder: Encoder of an architecture: resnet18, mobilenet_v2, efficientnet-b0, mit_b0, ...;
+            a complete model has its own.
         weights: none, DEFAULT (the encoder's ImageNet weights, downloaded), or a file with the
             state dict of an encoder or of a whole model, or a checkpoint of these tools.
         mode: multiclass has a channel for each class; binary has a single channel, for data with a
             background and one class.
-        options: More arguments of the architecture, such as {encoder_depth: 4}. By default a light
-            three-level decoder for unet, and the library's own defaults for the others.
+        options: More arguments of the architecture, such as {encoder_depth: 4}; {aux_loss: true}
+            gives fcn and deeplabv3 of torchvision their auxiliary classifier; segformer_b0 to
+            segformer_b5 take those of SegformerConfig. By default a light three-level decoder for
+            unet, and the libraries' own defaults for the others.
     """
 
     name: str = "unet"

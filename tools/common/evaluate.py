@@ -99,8 +99,11 @@ def segment(
     """
     segmenter.eval()
     for batch in _batches(fabric, data, config, batch_size):
+        images = normalize(batch["image"], config)
         with fabric.autocast():
-            logits = segmenter(normalize(batch["image"], config))
+            logits = _logits(segmenter(images))
+        if logits.shape[-2:] != images.shape[-2:]:
+            logits = interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
         for logit, index, fitted, original, truth in zip(
             logits,
             batch["index"],
@@ -113,6 +116,13 @@ def segment(
             logit = interpolate(logit, original, mode="bilinear", align_corners=False)[0]
             mask = logit.argmax(0) if len(logit) > 1 else logit[0] > 0
             yield index, mask.to(torch.uint8).cpu(), truth
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits in what a model returns: torchvision and transformers wrap them in a dict."""
+    if isinstance(output, dict):
+        return output["out"] if "out" in output else output["logits"]
+    return output
 
 
 def evaluate_segmenter(

@@ -1,29 +1,45 @@
-"""Building the models of segmentation_models_pytorch."""
+"""Building the models of segmentation_models_pytorch, torchvision and transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
+from torchvision.models import get_model, get_model_builder, list_models, segmentation
 
 from common.config import DataConfig, SegmenterConfig, height_width
 from common.errors import UsageError
 from common.weights import load_file
 
+WIDE = {"hidden_sizes": [64, 128, 320, 512]}
+DEEP = {**WIDE, "decoder_hidden_size": 768}
+SEGFORMERS: dict[str, dict[str, Any]] = {
+    "segformer_b0": {},
+    "segformer_b1": WIDE,
+    "segformer_b2": {**DEEP, "depths": [3, 4, 6, 3]},
+    "segformer_b3": {**DEEP, "depths": [3, 4, 18, 3]},
+    "segformer_b4": {**DEEP, "depths": [3, 8, 27, 3]},
+    "segformer_b5": {**DEEP, "depths": [3, 6, 40, 3]},
+}
+"""The sizes of SegFormer (Xie et al., arXiv:2105.15203), as options of SegformerConfig."""
+
 
 def build_segmenter(
     model: SegmenterConfig, data: DataConfig, classes: Sequence[str], seed: int
 ) -> nn.Module:
-    """Return a model of segmentation_models_pytorch with a channel for each class.
+    """Return a model with a channel for each class.
 
     Its inputs are normalised images. The weights are random, by ``seed``, unless ``model.weights``
     is ``DEFAULT``: see :func:`load_segmenter_weights`.
 
     Raises:
-        UsageError: for an unknown architecture, encoder or option, or crops that it cannot take.
+        UsageError: for an unknown architecture, encoder or option, crops that it cannot take, or
+            where transformers is needed and missing.
     """
     torch.manual_seed(seed)
     if model.mode == "binary" and len(classes) != 2:
@@ -31,6 +47,28 @@ def build_segmenter(
             f"model.mode binary needs a background and one class, the data has {len(classes)}: "
             f"{', '.join(classes[:10])}"
         )
+    channels = 1 if model.mode == "binary" else len(classes)
+    name = f"model {model.name}"
+    try:
+        if model.name in SEGFORMERS:
+            segmenter = _segformer(model, channels)
+        elif model.name in list_models(module=segmentation):
+            segmenter = _torchvision(model, channels)
+        else:
+            name += f" with encoder {model.encoder}"
+            segmenter = _smp(model, channels)
+        _freeze_unused(segmenter, height_width(data.size if data.crop is None else data.crop))
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, NotImplementedError) as error:
+        reason = error.args[0] if error.args else error
+        raise UsageError(f"{name}: {reason}") from error
+    except ImportError as error:
+        raise UsageError(
+            f'{name} needs transformers: pip install "detseg_losses[transformers]"'
+        ) from error
+    return segmenter
+
+
+def _smp(model: SegmenterConfig, channels: int) -> nn.Module:
     options = model.options
     if options is None:
         light = {"encoder_depth": 3, "decoder_channels": (64, 32, 16)}
@@ -38,19 +76,40 @@ def build_segmenter(
     weights = None
     if model.weights == "DEFAULT":
         weights = True if model.encoder.startswith("tu-") else "imagenet"
-    try:
-        segmenter = smp.create_model(
-            model.name,
-            model.encoder,
-            encoder_weights=weights,
-            classes=1 if model.mode == "binary" else len(classes),
-            **options,
-        )
-        _freeze_unused(segmenter, height_width(data.size if data.crop is None else data.crop))
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        reason = error.args[0] if error.args else error
-        raise UsageError(f"model {model.name} with encoder {model.encoder}: {reason}") from error
-    return segmenter
+    return smp.create_model(
+        model.name, model.encoder, encoder_weights=weights, classes=channels, **options
+    )
+
+
+def _torchvision(model: SegmenterConfig, channels: int) -> nn.Module:
+    options = model.options or {}
+    # torchvision takes no notice of an option that it does not know.
+    _check_options(options, signature(get_model_builder(model.name)).parameters)
+    return get_model(
+        model.name,
+        weights=None,
+        weights_backbone="DEFAULT" if model.weights == "DEFAULT" else None,
+        num_classes=channels,
+        **options,
+    )
+
+
+def _segformer(model: SegmenterConfig, channels: int) -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    options = SEGFORMERS[model.name] | (model.options or {})
+    _check_options(options, SegformerConfig().to_dict())
+    config = SegformerConfig(**options, num_labels=channels)
+    if model.weights == "DEFAULT":
+        encoder = model.name.replace("segformer_", "nvidia/mit-")
+        return SegformerForSemanticSegmentation.from_pretrained(encoder, config=config)
+    return SegformerForSemanticSegmentation(config)
+
+
+def _check_options(options: dict[str, Any], known: Container[str]) -> None:
+    for option in options:
+        if option not in known:
+            raise ValueError(f"there is no option {option!r}")
 
 
 def _freeze_unused(segmenter: nn.Module, size: tuple[int, int]) -> None:
@@ -59,7 +118,9 @@ def _freeze_unused(segmenter: nn.Module, size: tuple[int, int]) -> None:
     Processes that train together wait for every gradient, and would wait for these for ever.
     """
     segmenter.eval()
-    segmenter(torch.zeros(1, 3, *size)).sum().backward()
+    output = segmenter(torch.zeros(1, 3, *size))
+    tensors = output.values() if isinstance(output, dict) else [output]
+    torch.stack([tensor.sum() for tensor in tensors]).sum().backward()
     for parameter in segmenter.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
@@ -75,5 +136,5 @@ def load_segmenter_weights(segmenter: nn.Module, model: SegmenterConfig, classes
     if model.weights == "none":
         return "weights: random"
     if model.weights == "DEFAULT":
-        return f"weights: encoder {model.encoder}, pretrained"
+        return f"weights: encoder of {model.name}, pretrained"
     return load_file(segmenter, Path(model.weights), classes)

@@ -61,10 +61,8 @@ def load_matching(
         return {k: v for k, v in renamed.items() if k in own and own[k].shape == v.shape}
 
     strips = ("", "module.", "model.", "backbone.", "backbone.body.", "features.", "encoder.")
-    best = max(
-        (matching(strip, add) for strip in strips for add in ("", "backbone.body.", "encoder.")),
-        key=len,
-    )
+    adds = ("", "backbone.body.", "backbone.", "encoder.", "segformer.")
+    best = max((matching(strip, add) for strip in strips for add in adds), key=len)
     if 2 * len(best) < len(state):
         raise UsageError(
             f"model.weights {origin}: only {len(best)} of its {len(state)} tensors have the name "

@@ -1,0 +1,113 @@
+"""What the adapters of segmentation models share: a criterion that fits, and the hooks it is in."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from detseg_losses.layout import Mode
+from detseg_losses.pixels import PixelLoss
+from detseg_losses.spec import LossSum, SpecError, build_loss
+
+AUXILIARY = "aux"
+"""What the loss of the auxiliary logits is called, beside the terms of the others."""
+
+
+def read_losses(
+    spec: str, classes: int, *, mode: Mode | None, ignore_index: int | None, **defaults: Any
+) -> LossSum:
+    """Make the losses of a model, and say at once which have no meaning for it.
+
+    Args:
+        spec: a loss string of segmentation losses.
+        classes: how many channels the logits of the model have.
+        mode: None: binary for one class, else multiclass.
+        ignore_index: label of the pixels that are left out.
+        **defaults: options for every term that has them.
+
+    Raises:
+        SpecError: on a string that cannot be read, or that does not fit the model or the mode.
+    """
+    loss = build_loss(spec, kind="segmentation", mode=mode, ignore_index=ignore_index, **defaults)
+    loss.check_classes(classes)
+    for name, _, term in loss.items():
+        options = term.options
+        mode = options["mode"] or ("binary" if classes == 1 else "multiclass")
+        if isinstance(term, PixelLoss) and mode != "multiclass":
+            raise SpecError(
+                f"{name!r} is a loss of classes that exclude each other, and has no meaning for "
+                f"{mode} masks (the model has {classes} class(es)); use 'bce' or 'focal'"
+            )
+        if (mode == "multiclass" and classes == 1) or (mode == "binary" and classes > 1):
+            raise SpecError(
+                f"{name!r}: mode={mode!r} does not fit a model with {classes} class(es)"
+            )
+        if options["reduction"] == "none":
+            raise SpecError(f"{name!r}: a model trains on one number; leave reduction='none' out")
+    return loss
+
+
+def classes_of(head: nn.Module) -> int:
+    """How many classes a head has whose last convolution gives the logits."""
+    return [m for m in head.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
+
+
+def attach(
+    model: Any, loss: LossSum, take_targets: Callable[..., Any], give_losses: Callable[..., Any]
+) -> None:
+    """Make a criterion ``model.loss``, and hook in what uses it, in place of what was there.
+
+    The hooks are functions of a module, and so are copied and pickled with the model.
+
+    Args:
+        model: the model.
+        loss: the criterion.
+        take_targets: hook before the forward pass, with keywords: leaves ``model._targets``.
+        give_losses: hook after the forward pass.
+    """
+    detach(model)
+    model.loss = loss.adapt(model)
+    model._targets = None
+    model._loss_hooks = (
+        model.register_forward_pre_hook(take_targets, with_kwargs=True),
+        model.register_forward_hook(give_losses),
+    )
+
+
+def detach(model: Any) -> None:
+    """Undo :func:`attach`."""
+    if hasattr(model, "_loss_hooks"):
+        for handle in model._loss_hooks:
+            handle.remove()
+        del model.loss, model._targets, model._loss_hooks
+
+
+def taken(model: Any) -> Any:
+    """What the hook before the forward pass left; it is kept no longer than that."""
+    targets, model._targets = model._targets, None
+    return targets
+
+
+def losses_of(
+    loss: LossSum, logits: Tensor, auxiliary: Tensor | None, masks: Tensor, aux_weight: float
+) -> dict[str, Tensor]:
+    """The weighted value of each term, and those of the auxiliary logits as one, ``"aux"``.
+
+    Args:
+        loss: the criterion; its ``values`` are those that are returned, detached.
+        logits: ``(B, C, H, W)``.
+        auxiliary: logits of an auxiliary head, ``(B, C, H, W)``, if there are any.
+        masks: the truth, as the mode of the losses has it.
+        aux_weight: what the sum of the terms of the auxiliary logits is multiplied by.
+    """
+    if auxiliary is None:
+        return loss.compute(logits, masks)
+    terms = loss.compute(auxiliary, masks)
+    aux = aux_weight * functools.reduce(operator.add, terms.values())
+    losses = loss.compute(logits, masks) | {AUXILIARY: aux}
+    loss.values[AUXILIARY] = aux.detach()
+    return losses
