@@ -8,22 +8,24 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-_HF = "transformers.models"
-
 ADAPTERS = {
     "torchvision.models.detection.retinanet.RetinaNet": "torchvision_retinanet",
     "segmentation_models_pytorch.base.model.SegmentationModel": "smp",
-    f"{_HF}.conditional_detr.modeling_conditional_detr.ConditionalDetrForObjectDetection": "transformers_detection",
-    f"{_HF}.conditional_detr.modeling_conditional_detr.ConditionalDetrForSegmentation": "transformers_detection",
-    f"{_HF}.d_fine.modeling_d_fine.DFineForObjectDetection": "transformers_detection",
-    f"{_HF}.dab_detr.modeling_dab_detr.DabDetrForObjectDetection": "transformers_detection",
-    f"{_HF}.deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection": "transformers_detection",
-    f"{_HF}.detr.modeling_detr.DetrForObjectDetection": "transformers_detection",
-    f"{_HF}.detr.modeling_detr.DetrForSegmentation": "transformers_detection",
-    f"{_HF}.rt_detr.modeling_rt_detr.RTDetrForObjectDetection": "transformers_detection",
-    f"{_HF}.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection": "transformers_detection",
-    f"{_HF}.table_transformer.modeling_table_transformer.TableTransformerForObjectDetection": "transformers_detection",
-    f"{_HF}.yolos.modeling_yolos.YolosForObjectDetection": "transformers_detection",
+} | {
+    f"transformers.models.{name}": "transformers_detection"
+    for name in (
+        "conditional_detr.modeling_conditional_detr.ConditionalDetrForObjectDetection",
+        "conditional_detr.modeling_conditional_detr.ConditionalDetrForSegmentation",
+        "d_fine.modeling_d_fine.DFineForObjectDetection",
+        "dab_detr.modeling_dab_detr.DabDetrForObjectDetection",
+        "deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection",
+        "detr.modeling_detr.DetrForObjectDetection",
+        "detr.modeling_detr.DetrForSegmentation",
+        "rt_detr.modeling_rt_detr.RTDetrForObjectDetection",
+        "rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection",
+        "table_transformer.modeling_table_transformer.TableTransformerForObjectDetection",
+        "yolos.modeling_yolos.YolosForObjectDetection",
+    )
 }
 """The file that adapts each model class, and what is derived from it."""
 

@@ -106,7 +106,8 @@ def restore_losses(model: PreTrainedModel) -> PreTrainedModel:
     function = vars(model).get("_loss_function")
     if isinstance(function, LossFunction):
         del model.detseg_losses, model._loss_function
-        vars(model).update(function.before)
+        if function.before is not None:
+            model.loss_function = function.before
     return model
 
 
@@ -125,7 +126,7 @@ class LossFunction:
         self.loss = loss
         self.loss_type = model.loss_type
         self.roles = roles
-        self.before = {key: vars(model)[key] for key in ("_loss_function",) if key in vars(model)}
+        self.before = vars(model).get("_loss_function")
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         """What the model's own function returns, with other losses."""
