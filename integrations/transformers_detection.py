@@ -148,8 +148,7 @@ class LossFunction:
     def _with_terms(self, stock: Any) -> Callable[..., Any]:
         """The model's own function, which now makes a criterion that computes other losses.
 
-        It is a copy that looks up another criterion. So the original and its module stay as they
-        are, and which outputs the criterion gets is left to the version of transformers.
+        Which outputs the criterion gets is so left to the version of transformers.
         """
         name, criterion = _criterion(stock)
 
@@ -158,9 +157,7 @@ class LossFunction:
             made.get_loss = partial(self._get_loss, made, made.get_loss)
             return made
 
-        return FunctionType(
-            stock.__code__, stock.__globals__ | {name: make}, stock.__name__, stock.__defaults__
-        )
+        return looking_up(stock, {name: make})
 
     def _get_loss(
         self,
@@ -262,6 +259,21 @@ def corners(boxes: Tensor) -> Tensor:
     """Boxes ``(*, 4)`` as ``x1, y1, x2, y2``, from centre, width and height."""
     centre, size = boxes.chunk(2, -1)
     return torch.cat((centre - size / 2, centre + size / 2), -1)
+
+
+def looking_up(function: Any, names: dict[str, Any]) -> Callable[..., Any]:
+    """A copy of a function that finds other objects under global names of its module.
+
+    The function and its module stay as they are, for all others who use them.
+
+    Raises:
+        AttributeError: where the function has no use for one of the names.
+    """
+    if unknown := names.keys() - set(function.__code__.co_names):
+        raise AttributeError(f"{function.__qualname__} does not use {', '.join(unknown)}")
+    return FunctionType(
+        function.__code__, function.__globals__ | names, function.__name__, function.__defaults__
+    )
 
 
 def _criterion(function: Any) -> tuple[str, Any]:
