@@ -7,6 +7,8 @@ matching, the points at which masks are compared, and normalisation stay its own
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,25 +126,25 @@ class Terms(nn.Module):
         """The losses of the matched masks, at the points that the criterion takes."""
         names: dict[str, Any] = {}
         if _terms(self.terms, SigmoidLoss):
-            names[self.pixel_loss] = self._pixels
+            names[self.pixel_loss] = partial(_compare, self._pixels)
         if _terms(self.terms, RegionLoss):
-            names["dice_loss"] = self._regions
+            names["dice_loss"] = partial(_compare, self._regions)
         return looking_up(self.before[0].loss_masks, names)(self, *args, **kwargs)
 
     def _pixels(self, logits: Tensor, masks: Tensor, num_masks: Tensor) -> Tensor:
-        """The mean over the points of each mask ``(N, P)``, summed over the number of masks."""
+        """The mean over the points of each mask ``(N, 1, P)``, their sum over their number."""
         values = {}
         for name, term in _terms(self.terms, SigmoidLoss):
-            each = term(logits.unsqueeze(1), masks.unsqueeze(1), mode="binary", reduction="sum")
-            values[name] = self.terms.weighted(name, each / (logits.shape[1] * num_masks))
+            each = term(logits, masks, mode="binary", reduction="sum")
+            values[name] = self.terms.weighted(name, each / (logits.shape[2] * num_masks))
         return self._total(values)
 
     def _regions(self, logits: Tensor, masks: Tensor, num_masks: Tensor) -> Tensor:
-        """The loss of each mask ``(N, P)``, summed over the number of masks."""
+        """The loss of each mask ``(N, 1, P)``, their sum over their number."""
         options: dict[str, Any] = {"mode": "binary", "per_image": True, "reduction": "none"}
         values = {}
         for name, term in _terms(self.terms, RegionLoss):
-            each = term(logits.unsqueeze(1), masks.unsqueeze(1), **options)
+            each = term(logits, masks, **options)
             values[name] = self.terms.weighted(name, each.sum() / num_masks)
         return self._total(values)
 
@@ -165,6 +167,13 @@ class Mask2FormerTerms(Terms, Mask2FormerLoss):
 
 
 CRITERIA = {MaskFormerLoss: MaskFormerTerms, Mask2FormerLoss: Mask2FormerTerms}
+
+
+def _compare(
+    function: Callable[..., Tensor], logits: Tensor, masks: Tensor, num_masks: Tensor
+) -> Tensor:
+    """Give masks ``(N, P)`` as images of one class; by their resampling 1 may be 1.0000001."""
+    return function(logits.unsqueeze(1), masks.clamp(0, 1).unsqueeze(1), num_masks)
 
 
 def _terms(loss: LossSum, family: type[Loss]) -> list[tuple[str, Loss]]:
