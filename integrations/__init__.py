@@ -32,6 +32,32 @@ ADAPTERS = {
             "upernet.modeling_upernet.UperNet",
         )
     },
+    **{
+        f"transformers.models.{name}": "transformers_detection"
+        for name in (
+            "conditional_detr.modeling_conditional_detr.ConditionalDetrForObjectDetection",
+            "conditional_detr.modeling_conditional_detr.ConditionalDetrForSegmentation",
+            "d_fine.modeling_d_fine.DFineForObjectDetection",
+            "dab_detr.modeling_dab_detr.DabDetrForObjectDetection",
+            "deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection",
+            "deimv2.modeling_deimv2.Deimv2ForObjectDetection",
+            "detr.modeling_detr.DetrForObjectDetection",
+            "detr.modeling_detr.DetrForSegmentation",
+            "lw_detr.modeling_lw_detr.LwDetrForObjectDetection",
+            "rf_detr.modeling_rf_detr.RfDetrForObjectDetection",
+            "rt_detr.modeling_rt_detr.RTDetrForObjectDetection",
+            "rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection",
+            "table_transformer.modeling_table_transformer.TableTransformerForObjectDetection",
+            "yolos.modeling_yolos.YolosForObjectDetection",
+        )
+    },
+    **{
+        f"transformers.models.{name}": "transformers_masks"
+        for name in (
+            "mask2former.modeling_mask2former.Mask2FormerForUniversalSegmentation",
+            "maskformer.modeling_maskformer.MaskFormerForInstanceSegmentation",
+        )
+    },
 }
 """The file that adapts each model class, and what is derived from it."""
 

@@ -1,0 +1,284 @@
+"""Any losses in the detectors of transformers that are of DETR's kind.
+
+The criteria of all of them compute each entry of the loss dictionary in ``get_loss``, for the last
+layer, the auxiliary outputs and the denoising queries alike. That is where other losses come in:
+matching, normalisation and all else stay the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from detseg_losses.base import Loss, compute_dtype
+from detseg_losses.boxes import iou_loss
+from detseg_losses.classification import QualityFocalLoss, VarifocalLoss
+from detseg_losses.integrations.detection import Roles, detached, read_losses, terms_of, total
+from detseg_losses.spec import LossSum
+
+CLASS_ENTRIES = {
+    "ImageLoss": "loss_ce",
+    "DeformableDetrImageLoss": "loss_ce",
+    "LwDetrImageLoss": "loss_ce",
+    "RTDetrLoss": "loss_vfl",
+    "DFineLoss": "loss_vfl",
+    "Deimv2Loss": "loss_mal",
+}
+"""The criteria, and what each calls its loss of classes."""
+
+SOFTMAX = "ImageLoss"
+"""The criterion whose classes exclude each other; the others have independent sigmoids."""
+
+ENTRIES = {
+    "labels": ("loss_ce",),
+    "vfl": ("loss_vfl",),
+    "mal": ("loss_mal",),
+    "boxes": ("loss_bbox", "loss_giou"),
+}
+"""The entries of the loss dictionary that each request to ``get_loss`` is for."""
+
+COEFFICIENTS = {
+    "loss_ce": ("class_loss_coefficient",),
+    "loss_vfl": ("weight_loss_vfl",),
+    "loss_mal": ("weight_loss_mal",),
+    "loss_bbox": ("bbox_loss_coefficient", "weight_loss_bbox"),
+    "loss_giou": ("giou_loss_coefficient", "weight_loss_giou"),
+}
+"""What configurations call the weight of each entry."""
+
+
+def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
+    """Let a DETR, or a detector of its kind, train with other losses, in place.
+
+    Terms go by their kind, and each replaces one entry of the loss dictionary: those of classes
+    ``loss_ce`` (or ``loss_vfl``, ``loss_mal``), delta terms ``loss_bbox`` (on normalised centre,
+    width and height), box terms ``loss_giou`` (on normalised corners), in the last layer, the
+    auxiliary outputs and the denoising queries alike. The weights of the string are the weights:
+    the coefficients of ``model.config`` count for the entries without a term alone, which keep
+    the model's own loss, with a warning. So ``"ce + 5*l1 + 2*giou"`` is what DETR does by default.
+
+    The model calls as before, and returns ``loss`` and ``loss_dict`` with the same keys. The keys
+    of its ``state_dict``, and so of a saved checkpoint, are unchanged. ``model.detseg_losses`` is
+    the :class:`~detseg_losses.LossSum`; its ``values`` are summed over all outputs of a step.
+
+    Args:
+        model: a detector whose class this module adapts, before it is wrapped for several
+            processes.
+        spec: a loss string, for example ``"focal + 5*smooth_l1 + 2*ciou"``. DETR, YOLOS and Table
+            Transformer have a softmax with "no object" as the last class, which ``eos_coefficient``
+            weighs: there ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``. Where
+            classes are sigmoids ``varifocal`` and ``quality_focal`` learn the IoU of the box.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: on a string that cannot be read, a term that has no entry here, or weights that
+            are not one for each class that the head counts.
+    """
+    name, _ = _criterion(LOSS_MAPPING[model.loss_type])
+    softmax = name == SOFTMAX
+    roles: Roles = {
+        CLASS_ENTRIES[name]: ("segmentation",) if softmax else ("classification",),
+        "loss_bbox": ("deltas",),
+        "loss_giou": ("boxes",),
+    }
+    loss = read_losses(spec, type(model).__name__, roles, "batch", softmax=softmax)
+    loss.check_classes(model.config.num_labels + softmax)
+    restore_losses(model)
+    # A submodule, so that it follows the model to its device and an optimizer finds its weights.
+    model.detseg_losses = loss.adapt(model)
+    model.loss_function = LossFunction(loss, model, roles)
+    return model
+
+
+def restore_losses(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo :func:`use_losses`, in place."""
+    function = vars(model).get("_loss_function")
+    if isinstance(function, LossFunction):
+        del model.detseg_losses, model._loss_function
+        if function.before is not None:
+            model.loss_function = function.before
+    return model
+
+
+class LossFunction:
+    """Stands in for a model's ``loss_function``.
+
+    No module, for a model would register one as a submodule and go on with its own function.
+
+    Args:
+        loss: what to compute.
+        model: the model, whose attributes still hold the function that a user may have set.
+        roles: the kinds of terms that serve each entry.
+    """
+
+    def __init__(self, loss: LossSum, model: PreTrainedModel, roles: Roles) -> None:
+        self.loss = loss
+        self.loss_type = model.loss_type
+        self.roles = roles
+        self.before = vars(model).get("_loss_function")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """What the model's own function returns, with other losses."""
+        stock = LOSS_MAPPING[self.loss_type]
+        call = inspect.signature(stock).bind(*args, **kwargs)
+        call.arguments["config"] = self._without_weights(call.arguments["config"])
+        self.loss.values = {}
+        return self._with_terms(stock)(*call.args, **call.kwargs)
+
+    def _without_weights(self, config: Any) -> Any:
+        """A configuration whose weights of the entries that have terms are 1."""
+        config = copy.copy(config)
+        for entry, kinds in self.roles.items():
+            if terms_of(self.loss, kinds):
+                # Past the checks of its setter, which wants 1 of some and 1.0 of others.
+                vars(config).update(dict.fromkeys(COEFFICIENTS[entry], 1))
+        return config
+
+    def _with_terms(self, stock: Any) -> Callable[..., Any]:
+        """The model's own function, which now makes a criterion that computes other losses.
+
+        Which outputs the criterion gets is so left to the version of transformers.
+        """
+        name, criterion = _criterion(stock)
+
+        def make(*args: Any, **kwargs: Any) -> nn.Module:
+            made = criterion(*args, **kwargs)
+            made.get_loss = partial(self._get_loss, made, made.get_loss)
+            return made
+
+        return looking_up(stock, {name: make})
+
+    def _get_loss(
+        self,
+        criterion: Any,
+        stock: Callable[..., dict[str, Tensor]],
+        request: str,
+        outputs: dict[str, Any],
+        targets: list[dict[str, Tensor]],
+        indices: list[tuple[Tensor, Tensor]],
+        num_boxes: float,
+    ) -> dict[str, Tensor]:
+        """The entries of one request: of our terms where there are any, else the model's own.
+
+        Args:
+            criterion: the model's.
+            stock: its method of this name.
+            request: what to compute, ``"boxes"`` for example.
+            outputs: of one layer, ``logits`` ``(B, Q, K)`` and ``pred_boxes`` ``(B, Q, 4)``.
+            targets: of each image ``class_labels`` ``(G,)`` and ``boxes`` ``(G, 4)``.
+            indices: of each image which queries have an object, and which one.
+            num_boxes: what sums over the queries are divided by.
+        """
+        entries = ENTRIES.get(request, ())
+        terms = {entry: terms_of(self.loss, self.roles[entry]) for entry in entries}
+        losses = {}
+        if not all(terms.values()) or not entries:
+            losses = stock(request, outputs, targets, indices, num_boxes)
+        if any(terms.values()):
+            layer = Layer(criterion, outputs, targets, indices, num_boxes)
+            for entry in filter(terms.get, entries):
+                values = {n: self.loss.weighted(n, layer.value(term)) for n, term in terms[entry]}
+                losses[entry] = total(values)
+                for name, value in detached(values).items():
+                    self.loss.values[name] = self.loss.values.get(name, 0) + value
+        return losses
+
+
+class Layer:
+    """What one layer predicts, and the objects that its queries are matched to.
+
+    Args:
+        criterion: the model's.
+        outputs: ``logits`` ``(B, Q, K)`` and ``pred_boxes`` ``(B, Q, 4)``.
+        targets: of each image ``class_labels`` ``(G,)`` and ``boxes`` ``(G, 4)``.
+        indices: of each image which queries have an object, and which one.
+        num_boxes: what sums over the queries are divided by.
+    """
+
+    def __init__(
+        self,
+        criterion: Any,
+        outputs: dict[str, Any],
+        targets: list[dict[str, Tensor]],
+        indices: list[tuple[Tensor, Tensor]],
+        num_boxes: float,
+    ) -> None:
+        self.criterion = criterion
+        self.num_boxes = num_boxes
+        self.logits: Tensor = outputs["logits"]
+        self.match = criterion._get_source_permutation_idx(indices)
+        boxes = outputs["pred_boxes"][self.match]
+        self.boxes = boxes.to(compute_dtype(boxes.dtype))
+        self.true_boxes, self.true_labels = (
+            torch.cat([t[key][chosen] for t, (_, chosen) in zip(targets, indices, strict=True)])
+            for key in ("boxes", "class_labels")
+        )
+
+    def value(self, term: Loss) -> Tensor:
+        """A term's value over all queries."""
+        if "deltas" in term.kinds:
+            return term(self.boxes, self.true_boxes, reduction="sum") / self.num_boxes
+        if "boxes" in term.kinds:
+            boxes, true_boxes = corners(self.boxes), corners(self.true_boxes)
+            return term(boxes, true_boxes, reduction="sum") / self.num_boxes
+        if isinstance(term, (QualityFocalLoss, VarifocalLoss)):
+            return term(self.logits, self.qualities(), reduction="sum") / self.num_boxes
+        if "classification" in term.kinds:
+            return term(self.logits, self.labels(-1), reduction="sum") / self.num_boxes
+        labels = self.labels(self.criterion.num_classes)
+        weight = self.criterion.empty_weight[labels]
+        return term(self.logits.transpose(1, 2), labels, pixel_weight=weight)
+
+    def labels(self, nothing: int) -> Tensor:
+        """The class of the object that each query has, ``(B, Q)``."""
+        labels = torch.full_like(self.logits[..., 0], nothing, dtype=torch.int64)
+        labels[self.match] = self.true_labels
+        return labels
+
+    def qualities(self) -> Tensor:
+        """The IoU of each query's box for the class of its object, 0 for others, ``(B, Q, K)``."""
+        iou = 1 - iou_loss(corners(self.boxes.detach()), corners(self.true_boxes))
+        qualities = self.logits.new_zeros(self.logits.shape, dtype=iou.dtype)
+        # A disjoint box does not make a background of the object.
+        qualities[(*self.match, self.true_labels)] = iou.clamp(min=torch.finfo(iou.dtype).tiny)
+        return qualities
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """Boxes ``(*, 4)`` as ``x1, y1, x2, y2``, from centre, width and height."""
+    centre, size = boxes.chunk(2, -1)
+    return torch.cat((centre - size / 2, centre + size / 2), -1)
+
+
+def looking_up(function: Any, names: dict[str, Any]) -> Callable[..., Any]:
+    """A copy of a function that finds other objects under global names of its module.
+
+    The function and its module stay as they are, for all others who use them.
+
+    Raises:
+        AttributeError: where the function has no use for one of the names.
+    """
+    if unknown := names.keys() - set(function.__code__.co_names):
+        raise AttributeError(f"{function.__qualname__} does not use {', '.join(unknown)}")
+    return FunctionType(
+        function.__code__, function.__globals__ | names, function.__name__, function.__defaults__
+    )
+
+
+def _criterion(function: Any) -> tuple[str, Any]:
+    """The class that one of transformers' loss functions computes with, and its name there."""
+    for name in function.__code__.co_names:
+        if name in CLASS_ENTRIES:
+            return name, function.__globals__[name]
+    raise TypeError(f"{function.__name__} has none of the criteria {', '.join(CLASS_ENTRIES)}")

@@ -1,0 +1,197 @@
+"""Any losses in MaskFormer and Mask2Former of transformers.
+
+Their criterion is a module of the model. It gets a class that asks other losses for the values;
+matching, the points at which masks are compared, and normalisation stay its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+from transformers.models.maskformer.modeling_maskformer import MaskFormerLoss
+
+from detseg_losses.base import LOSSES, Loss
+from detseg_losses.classification import SigmoidLoss
+from detseg_losses.integrations.detection import FIXED, detached, total
+from detseg_losses.integrations.transformers_detection import looking_up
+from detseg_losses.pixels import PixelLoss
+from detseg_losses.regions import RegionLoss
+from detseg_losses.spec import LossSum, SpecError, build_loss
+
+ENTRIES: dict[str, type[Loss]] = {
+    "loss_cross_entropy": PixelLoss,
+    "loss_mask": SigmoidLoss,
+    "loss_dice": RegionLoss,
+}
+"""The entries of the loss dictionary, and which losses serve each."""
+
+
+def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
+    """Let a MaskFormer or Mask2Former train with other losses, in place.
+
+    Losses of classes that exclude each other (``ce``, ``softmax_focal``) replace that of the
+    classes of the queries, those of independent sigmoids (``bce``, ``focal``) the pixel loss of the
+    masks, region losses (``dice``, ``tversky``) the Dice loss of the masks, in all layers that have
+    losses. The weights of the string are the weights: those of ``model.config`` count only for the
+    entries without a term, which keep the model's own loss, with a warning. So
+    ``"2*ce + 5*bce + 5*dice(smooth=1)"`` is what Mask2Former does by default, and
+    ``"ce + 20*focal + dice(smooth=1)"`` what MaskFormer does.
+
+    The keys of the ``state_dict``, and so of a saved checkpoint, are unchanged.
+    ``model.criterion.terms`` is the :class:`~detseg_losses.LossSum`; its ``values`` are summed over
+    the layers of a step.
+
+    Args:
+        model: a MaskFormer or Mask2Former of transformers, before it is wrapped for several
+            processes.
+        spec: a loss string.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: on a string that cannot be read, a term that has no entry here, or weights that
+            are not one for each class and one for "no object".
+    """
+    loss = _read(spec, model)
+    restore_losses(model)
+    criterion = model.criterion
+    criterion.before = type(criterion), model.weight_dict
+    criterion.__class__ = CRITERIA[type(criterion)]
+    criterion.terms = loss.adapt(model)
+    # The model multiplies what the criterion returns by these.
+    model.weight_dict = {
+        entry: 1.0 if _terms(loss, ENTRIES[entry]) else weight
+        for entry, weight in model.weight_dict.items()
+    }
+    return model
+
+
+def restore_losses(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo :func:`use_losses`, in place."""
+    criterion = model.criterion
+    if isinstance(criterion, Terms):
+        criterion.__class__, model.weight_dict = criterion.before
+        del criterion.terms, criterion.before
+    return model
+
+
+class Terms(nn.Module):
+    """What the criterion of an adapted model does otherwise."""
+
+    terms: LossSum
+    before: tuple[Any, dict[str, float]]
+    """The class of the criterion, and the weights of the model."""
+    pixel_loss: str
+    """What the criterion calls its function of the masks' pixels."""
+    empty_weight: Tensor
+    num_labels: int
+    _get_predictions_permutation_indices: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        self.terms.values = {}  # not in forward, which calls itself for each further layer
+        return super().__call__(*args, **kwargs)
+
+    def loss_labels(
+        self, class_queries_logits: Tensor, class_labels: list[Tensor], indices: Any
+    ) -> dict[str, Tensor]:
+        """The loss of the classes of all queries, a mean.
+
+        Args:
+            class_queries_logits: ``(B, Q, K + 1)``, the last for "no object".
+            class_labels: of each image ``(G,)``.
+            indices: of each image which queries have an object, and which one.
+        """
+        if not _terms(self.terms, PixelLoss):
+            return self.before[0].loss_labels(self, class_queries_logits, class_labels, indices)
+        labels = torch.full_like(class_queries_logits[..., 0], self.num_labels, dtype=torch.int64)
+        labels[self._get_predictions_permutation_indices(indices)] = torch.cat(
+            [found[chosen] for found, (_, chosen) in zip(class_labels, indices, strict=True)]
+        )
+        logits, weight = class_queries_logits.transpose(1, 2), self.empty_weight[labels]
+        values = {
+            name: self.terms.weighted(name, term(logits, labels, pixel_weight=weight))
+            for name, term in _terms(self.terms, PixelLoss)
+        }
+        return {"loss_cross_entropy": self._total(values)}
+
+    def loss_masks(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The losses of the matched masks, at the points that the criterion takes."""
+        names: dict[str, Any] = {}
+        if _terms(self.terms, SigmoidLoss):
+            names[self.pixel_loss] = partial(_compare, self._pixels)
+        if _terms(self.terms, RegionLoss):
+            names["dice_loss"] = partial(_compare, self._regions)
+        return looking_up(self.before[0].loss_masks, names)(self, *args, **kwargs)
+
+    def _pixels(self, logits: Tensor, masks: Tensor, num_masks: Tensor) -> Tensor:
+        """The mean over the points of each mask ``(N, 1, P)``, their sum over their number."""
+        values = {}
+        for name, term in _terms(self.terms, SigmoidLoss):
+            each = term(logits, masks, mode="binary", reduction="sum")
+            values[name] = self.terms.weighted(name, each / (logits.shape[2] * num_masks))
+        return self._total(values)
+
+    def _regions(self, logits: Tensor, masks: Tensor, num_masks: Tensor) -> Tensor:
+        """The loss of each mask ``(N, 1, P)``, their sum over their number."""
+        options: dict[str, Any] = {"mode": "binary", "per_image": True, "reduction": "none"}
+        values = {}
+        for name, term in _terms(self.terms, RegionLoss):
+            each = term(logits, masks, **options)
+            values[name] = self.terms.weighted(name, each.sum() / num_masks)
+        return self._total(values)
+
+    def _total(self, values: dict[str, Tensor]) -> Tensor:
+        for name, value in detached(values).items():
+            self.terms.values[name] = self.terms.values.get(name, 0) + value
+        return total(values)
+
+
+class MaskFormerTerms(Terms, MaskFormerLoss):
+    """MaskFormer's criterion with other losses."""
+
+    pixel_loss = "sigmoid_focal_loss"
+
+
+class Mask2FormerTerms(Terms, Mask2FormerLoss):
+    """Mask2Former's criterion with other losses."""
+
+    pixel_loss = "sigmoid_cross_entropy_loss"
+
+
+CRITERIA = {MaskFormerLoss: MaskFormerTerms, Mask2FormerLoss: Mask2FormerTerms}
+
+
+def _compare(
+    function: Callable[..., Tensor], logits: Tensor, masks: Tensor, num_masks: Tensor
+) -> Tensor:
+    """Give masks ``(N, P)`` as images of one class; by their resampling 1 may be 1.0000001."""
+    return function(logits.unsqueeze(1), masks.clamp(0, 1).unsqueeze(1), num_masks)
+
+
+def _terms(loss: LossSum, family: type[Loss]) -> list[tuple[str, Loss]]:
+    return [(name, term) for name, _, term in loss.items() if isinstance(term, family)]
+
+
+def _read(spec: str, model: PreTrainedModel) -> LossSum:
+    loss, owner = build_loss(spec), type(model).__name__
+    families = tuple(ENTRIES.values())
+    for name, _, term in loss.items():
+        if not isinstance(term, families) or term.of_batch:
+            choices = ", ".join(other for other, cls in LOSSES.items() if issubclass(cls, families))
+            raise SpecError(f"{owner} has no use for {name!r}, it has for {choices}")
+        if fixed := [option for option in FIXED if option in term.given]:
+            raise SpecError(f"{name!r}: {owner} itself decides {fixed[0]!r}")
+        classes = model.config.num_labels + 1 if isinstance(term, PixelLoss) else 1
+        LossSum([(1.0, term)]).check_classes(classes)
+    for entry, family in ENTRIES.items():
+        if not _terms(loss, family):
+            warnings.warn(f"{spec!r} has no loss for {entry!r}: it stays as it is", stacklevel=4)
+    return loss
