@@ -3,8 +3,8 @@ r"""Losses with the names, arguments and values of segmentation-models-pytorch, 
 To change a pipeline, change one import: ``from detseg_losses.integrations.smp import DiceLoss`` in
 place of ``from segmentation_models_pytorch.losses import DiceLoss``. Value and gradient are those
 of SMP wherever these are defined and finite, its peculiarities included. For backward they keep
-the logits and the target, and no further map of that size (SoftBCE: but for the factors that it is
-given). This file needs torch only.
+the logits and the target, and no further map of that size (but SoftBCE the factors that it is
+given, and LovaszLoss and MCCLoss what they need). This file needs torch only.
 
 ================================  ========================  =====================  ================
 \                                 SMP 0.6                   these classes          our own losses
@@ -31,6 +31,13 @@ everything ignored, Focal         NaN                       0                   
 gradient of Focal, gamma < 1      NaN where saturated       finite                 finite
 gradient of Tversky, gamma < 1    NaN at a loss of 0        0                      0
 SoftCE of a single channel        always 0                  ValueError: use bce    ValueError
+Lovasz, multilabel                all classes are one       as SMP                 each class
+Lovasz, binary, an empty mask     the worst pixel's hinge   as SMP                 left out, or
+                                                                                   penalised
+Lovasz, ``from_logits=False``     has no effect             as SMP                 logits only
+Lovasz, everything ignored        no number, or an error    0                      0
+MCC                               of probabilities, of the  as SMP                 of logits, of
+                                  whole batch                                      each class
 ================================  ========================  =====================  ================
 
 Losses come back in float32 (float64 for float64), also where the logits are half precision.
@@ -46,9 +53,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from detseg_losses.base import Reduction, check_choice, compute_dtype, divide
+from detseg_losses.base import Reduction, check_choice, compute_dtype, divide, reduce
 from detseg_losses.classification import CrossEntropy
 from detseg_losses.layout import Batch, Mode, segmentation_batch
+from detseg_losses.lovasz import lovasz_loss
 from detseg_losses.pixels import cross_entropy_loss
 from detseg_losses.pointwise import Formula, Label, Sigmoid, mix, pointwise
 from detseg_losses.statistics import statistics
@@ -276,6 +284,83 @@ class FocalLoss(_Loss):
         return valid
 
 
+class LovaszLoss(_Loss):
+    """Lovász loss, as ``segmentation_models_pytorch.losses.LovaszLoss``.
+
+    In mode ``"multiclass"`` the Lovász-Softmax of the classes that the target holds; else the
+    Lovász hinge, in mode ``"multilabel"`` of all classes as one.
+
+    Args:
+        mode: ``"binary"``, ``"multiclass"`` or ``"multilabel"``.
+        per_image: the mean of each image's loss.
+        ignore_index: label of the pixels (multilabel: entries) that are left out.
+        from_logits: without effect, logits are expected.
+
+    Raises:
+        ValueError: on a mode that does not exist.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        per_image: bool = False,
+        ignore_index: int | None = None,
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__()
+        check_choice("mode", mode, Mode)
+        self.mode = mode
+        self.ignore_index = ignore_index
+        self.per_image = per_image
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss; shapes are those of :meth:`DiceLoss.forward`."""
+        logits, target = _flatten(y_pred, y_true, self.mode)
+        if self.mode == MULTICLASS_MODE:
+            return lovasz_loss(
+                logits,
+                target,
+                mode=self.mode,
+                ignore_index=self.ignore_index,
+                per_image=self.per_image,
+            )
+        batch = segmentation_batch(logits, target, mode=self.mode, ignore_index=self.ignore_index)
+        x, y = batch.logits.to(batch.dtype), batch.target.to(batch.dtype)
+        kept = torch.ones_like(y) if batch.weight is None else batch.weight.to(y.dtype)
+        shape = (x.shape[0] if self.per_image else 1, -1)
+        return reduce(_lovasz_hinge(*(part.reshape(shape) for part in (x, y, kept))), "mean")
+
+
+class MCCLoss(_Loss):
+    """One minus Matthews' correlation coefficient of the batch, as
+    ``segmentation_models_pytorch.losses.MCCLoss``.
+
+    Args:
+        eps: added to each of the four counts.
+    """
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            y_pred: probabilities, ``(B, *)`` or ``(B, 1, *)``.
+            y_true: values in [0, 1], ``(B, *)`` or ``(B, 1, *)``.
+
+        Raises:
+            ValueError: on shapes that do not fit, or a label out of range.
+        """
+        batch = segmentation_batch(*_flatten(y_pred, y_true, BINARY_MODE), mode=BINARY_MODE)
+        p, y = batch.logits.to(batch.dtype), batch.target.to(batch.dtype)
+        pairs = ((p, y), (p, 1 - y), (1 - p, y), (1 - p, 1 - y))
+        tp, fp, fn, tn = ((one * other).sum() + self.eps for one, other in pairs)
+        scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()
+        return 1 - (tp * tn - fp * fn) / scale
+
+
 class SoftBCEWithLogitsLoss(nn.Module):
     """Binary cross entropy, as ``segmentation_models_pytorch.losses.SoftBCEWithLogitsLoss``.
 
@@ -474,6 +559,27 @@ def _flatten(y_pred: Tensor, y_true: Tensor, mode: Mode) -> tuple[Tensor, Tensor
             f"in mode {mode!r}"
         )
     return prediction, y_true.reshape(shape)
+
+
+def _lovasz_hinge(x: Tensor, y: Tensor, kept: Tensor) -> Tensor:
+    """The Lovász hinge of logits and values in [0, 1], ``(N, P)``, of what is kept, ``(N,)``.
+
+    Unlike :func:`detseg_losses.lovasz_loss` it has a value for soft targets, and one for a class
+    that is nowhere: there the first wrong pixel costs everything.
+    """
+    errors = (1 - x * (2 * y - 1)).masked_fill(kept == 0, -torch.inf)
+    with torch.no_grad():
+        order = errors.argsort(-1, descending=True)
+        hits, misses = ((part * kept).gather(-1, order) for part in (y, 1 - y))
+        true = hits.sum(-1, keepdim=True)
+        left = (true - hits.cumsum(-1)).clamp(min=0)  # rounding
+        union = true + misses.cumsum(-1)
+        before = union - misses
+        # What the Jaccard loss grows by as each pixel turns wrong.
+        slopes = divide(hits + misses * divide(left, union), before)
+        slopes = torch.where(before > 0, slopes, misses)
+        slopes = torch.empty_like(slopes).scatter_(-1, order, slopes)
+    return (errors.relu() * slopes).sum(-1)
 
 
 def _class_weights(mode: Mode, class_weights: Sequence[float] | None) -> Tensor | None:

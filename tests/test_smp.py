@@ -23,7 +23,11 @@ MODES = ["binary", "multiclass", "multilabel"]
 # SMP's multiclass losses take class indices only.
 KINDS_OF_TARGET = [(mode, False) for mode in MODES] + [("binary", True), ("multilabel", True)]
 REGION = ["DiceLoss", "JaccardLoss", "TverskyLoss"]
-NAMES = [*REGION, "FocalLoss", "SoftBCEWithLogitsLoss", "SoftCrossEntropyLoss"]
+LEAN = [*REGION, "FocalLoss", "SoftBCEWithLogitsLoss", "SoftCrossEntropyLoss"]
+NAMES = [*LEAN, "LovaszLoss", "MCCLoss"]
+WITHOUT_MODE = ["SoftBCEWithLogitsLoss", "SoftCrossEntropyLoss", "MCCLoss"]
+OF_ONE_CHANNEL = ["SoftBCEWithLogitsLoss", "MCCLoss"]
+OF_FLOAT32 = ["LovaszLoss", "MCCLoss"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,11 +72,11 @@ def run(criterion, logits, target, activation=None):
     return loss.detach(), logits.grad
 
 
-def assert_equal_to_smp(name, options, logits, target, activation=None):
+def assert_equal_to_smp(name, options, logits, target, activation=None, rtol=1e-8, atol=1e-10):
     peer = run(getattr(smp.losses, name)(**options), logits, target, activation)
     assert all(value.isfinite().all() for value in peer)
     found = run(getattr(ours, name)(**options), logits, target, activation)
-    torch.testing.assert_close(found, peer, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found, peer, rtol=rtol, atol=atol)
 
 
 def activation_of(mode):
@@ -85,7 +89,7 @@ def test_arguments_and_attributes_are_those_of_smp(name):
     expected = inspect.signature(peer.__init__).parameters.values()
     found = inspect.signature(own.__init__).parameters.values()
     assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected]
-    args = () if name.startswith("Soft") else ("multiclass",)
+    args = () if name in WITHOUT_MODE else ("multiclass",)
     private = {"focal_loss_fn"}
     assert {k for k in vars(peer(*args)) if k[0] != "_"} - private <= set(vars(own(*args)))
 
@@ -196,13 +200,58 @@ def test_soft_bce_equals_smp_on_loose_entries():
     assert_equal_to_smp("SoftBCEWithLogitsLoss", {"smooth_factor": 0.2}, logits, target)
 
 
+LOVASZ_OPTIONS = [{}, {"per_image": True}, {"from_logits": False}]
+
+
+@pytest.mark.parametrize(("mode", "soft"), KINDS_OF_TARGET)
+def test_lovasz_loss_equals_smp(mode, soft):
+    """Which computes in float32 only."""
+    logits, target = make_batch(mode, soft=soft)
+    logits, target = logits.float(), target.float() if soft else target.long()
+    for each, void in itertools.product(LOVASZ_OPTIONS, [None, 255]):
+        given = target if void is None else with_void(target, void)
+        each = {"mode": mode, "ignore_index": void} | each
+        assert_equal_to_smp("LovaszLoss", each, logits, given, rtol=1e-4, atol=1e-6)
+
+
+def test_lovasz_loss_of_empty_and_ignored_masks_equals_smp():
+    """An image without the class costs the hinge of its worst pixel; one that is void nothing."""
+    logits, target = (tensor.float() for tensor in make_batch("binary"))
+    for fill, options in itertools.product([0, 1, 255], LOVASZ_OPTIONS):
+        for images in (slice(0, 1), slice(0, 2)):
+            given = target.clone()
+            given[images] = fill
+            each = {"mode": "binary", "ignore_index": 255} | options
+            assert_equal_to_smp("LovaszLoss", each, logits, given, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_lovasz_softmax_of_ignored_images_is_a_number(per_image):
+    """SMP's is empty, or an error."""
+    logits, target = make_batch("multiclass")
+    target[0] = 255
+    criterion = ours.LovaszLoss("multiclass", per_image, ignore_index=255)
+    expected = smp.losses.LovaszLoss("multiclass")(logits[1:].float(), target[1:]).double()
+    torch.testing.assert_close(criterion(logits, target), expected / (1 + per_image))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_mcc_loss_equals_smp(soft):
+    logits, target = make_batch("binary", soft=soft)
+    for eps, given in itertools.product([1e-5, 1.0], [target, target * 0, target.unsqueeze(1)]):
+        assert_equal_to_smp("MCCLoss", {"eps": eps}, logits, given, torch.sigmoid)
+        assert_equal_to_smp("MCCLoss", {"eps": eps}, logits[:, 0], given, torch.sigmoid)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_of_all_shapes_and_integer_types(name, dtype):
     """SMP's Dice refuses uint8 and int32, its BCE integers and (B, H, W) beside (B, 1, H, W)."""
-    mode = "binary" if name == "SoftBCEWithLogitsLoss" else "multiclass"
+    mode = "binary" if name in OF_ONE_CHANNEL else "multiclass"
     logits, target = make_batch(mode)
-    own = {} if name.startswith("Soft") else {"mode": mode}
+    if name in OF_FLOAT32:
+        logits, target = logits.float().sigmoid(), target.float() if mode == "binary" else target
+    own = {} if name in WITHOUT_MODE else {"mode": mode}
     smooth = {"smooth_factor": 0.0} if name == "SoftCrossEntropyLoss" else {}
     given = target.unsqueeze(1) if mode == "binary" else target
     expected = run(getattr(smp.losses, name)(**own, **smooth), logits, given)
@@ -214,9 +263,9 @@ def test_masks_of_all_shapes_and_integer_types(name, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_label_out_of_range_is_named(name):
-    mode = "binary" if name == "SoftBCEWithLogitsLoss" else "multiclass"
+    mode = "binary" if name in OF_ONE_CHANNEL else "multiclass"
     logits, target = make_batch(mode)
-    own = {} if name.startswith("Soft") else {"mode": mode}
+    own = {} if name in WITHOUT_MODE else {"mode": mode}
     with pytest.raises(ValueError, match="255"):
         getattr(ours, name)(**own)(logits, with_void(target).to(torch.uint8))
 
@@ -224,11 +273,13 @@ def test_a_label_out_of_range_is_named(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision(name, dtype):
-    """At this size SMP's Dice in float16 is NaN."""
+    """At this size SMP's Dice and MCC in float16 are NaN."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 1, 512, 512, generator=generator).to(dtype)
     target = torch.ones(1, 1, 512, 512)
-    own = {} if name.startswith("Soft") else {"mode": "binary"}
+    if name == "MCCLoss":
+        logits, target = logits.sigmoid(), target.triu()
+    own = {} if name in WITHOUT_MODE else {"mode": "binary"}
     if name == "SoftCrossEntropyLoss":
         logits, target = torch.cat((logits, -logits), 1), target[:, 0].long()
     criterion = getattr(ours, name)(**own)
@@ -236,8 +287,8 @@ def test_half_precision(name, dtype):
     expected, expected_gradient = run(criterion, logits.float(), target)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
     torch.testing.assert_close(gradient, expected_gradient.to(dtype), rtol=1e-3, atol=0)
-    if name == "DiceLoss" and dtype == torch.float16:
-        assert smp.losses.DiceLoss("binary")(logits, target).isnan()
+    if name in ("DiceLoss", "MCCLoss") and dtype == torch.float16:
+        assert getattr(smp.losses, name)(**own)(logits, target.to(dtype)).isnan()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -299,8 +350,8 @@ def test_a_nan_is_not_hidden():
     logits, target = make_batch("multiclass")
     logits[0, 0, 0, 0] = torch.nan
     for name in NAMES:
-        if name != "SoftBCEWithLogitsLoss":
-            own = {} if name.startswith("Soft") else {"mode": "multiclass"}
+        if name not in OF_ONE_CHANNEL:
+            own = {} if name in WITHOUT_MODE else {"mode": "multiclass"}
             assert getattr(ours, name)(**own)(logits, target).isnan(), name
 
 
@@ -316,19 +367,23 @@ def test_ignored_pixels_only_are_a_loss_of_zero():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pickles_and_copies(name):
-    own = {} if name.startswith("Soft") else {"mode": "multiclass", "class_weights": [1, 2, 3, 4]}
+    own = {} if name in WITHOUT_MODE else {"mode": "multiclass", "class_weights": [1, 2, 3, 4]}
     logits, target = make_batch("multiclass")
     if name == "SoftBCEWithLogitsLoss":
         own, target = {"pos_weight": torch.tensor(2.0)}, logits.sigmoid()
+    elif name == "LovaszLoss":
+        own = {"mode": "multiclass", "per_image": True}
+    elif name == "MCCLoss":
+        own, logits, target = {"eps": 1.0}, logits[:, :1].sigmoid(), target.clamp(max=1)
     criterion = getattr(ours, name)(**own)
     for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert torch.equal(other(logits, target), criterion(logits, target))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LEAN)
 def test_keeps_nothing_of_the_size_of_the_logits_for_backward(name):
-    mode = "binary" if name == "SoftBCEWithLogitsLoss" else "multiclass"
-    own = {} if name.startswith("Soft") else {"mode": mode}
+    mode = "binary" if name in OF_ONE_CHANNEL else "multiclass"
+    own = {} if name in WITHOUT_MODE else {"mode": mode}
     logits = torch.randn(2, 1 if mode == "binary" else 20, 32, 32, requires_grad=True)
     target = torch.randint(logits.shape[1], (2, 32, 32))
     given = {tensor.untyped_storage().data_ptr() for tensor in (logits, target)}
