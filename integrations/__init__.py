@@ -11,6 +11,7 @@ from torch import nn
 ADAPTERS = {
     "torchvision.models.detection.retinanet.RetinaNet": "torchvision_retinanet",
     "segmentation_models_pytorch.base.model.SegmentationModel": "smp",
+    "ultralytics.nn.tasks.DetectionModel": "yolo",
 }
 """The file that adapts each model class, and what is derived from it."""
 
