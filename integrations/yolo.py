@@ -320,8 +320,8 @@ class _Terms(nn.Module):
         if ratio > 0 and not 1 / UNLIKE < ratio < UNLIKE:
             now = getattr(self.hyp, gain)
             LOGGER.warning(
-                f"{role} is {ratio:.2g} times the stock loss in the first batch: try to make up for "
-                f"it by {gain}={now / ratio:.2g} in place of {now:g}"
+                f"{role} is {ratio:.2g} times the stock loss in the first batch: to make up for it "
+                f"try {gain}={now / ratio:.2g} in place of {now:g}"
             )
 
 
@@ -460,5 +460,5 @@ def _of_masks(term: Loss, logits: Tensor, masks: Tensor, inside: Tensor, area: T
     """The loss of each mask ``(N,)`` within its box, of logits ``(N, H, W)``."""
     each = term(logits, masks, mode="binary", per_image=True, reduction="none", pixel_weight=inside)
     if each.shape == masks.shape:
-        return each.mean((1, 2)) / area.to(each.dtype)
+        return divide(each.mean((1, 2)), area.to(each.dtype))
     return each.sum(1)

@@ -63,9 +63,10 @@ def main() -> None:
         ) from None
 
     faults: list[Fault] = []
-    splits: dict[str, Split] = {}
-    for name in (config.train, config.val or config.train):
-        splits.setdefault(name, Split(*find_coco(Path(config.data), name), faults))
+    splits = {
+        name: Split(*find_coco(Path(config.data), name), faults)
+        for name in dict.fromkeys((config.train, config.val or config.train))
+    }
     names = [split.names for split in splits.values()]
     if any(each != names[0] for each in names):
         raise DataError(f"{config.data}: the splits have other categories")
