@@ -169,7 +169,7 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
     scores and divided by the sum of these, those of masks are averaged over the positive anchors,
     where a loss of pixels is divided by the area of the box. Its gains ``box``, ``cls`` and ``dfl``
     then apply. In the first batch the values are compared with the stock losses, and where they
-    are of another scale a warning names the gain that would restore the balance.
+    are of another scale a warning names the gain that wants to be changed.
 
     Args:
         model: a detection or segmentation model with Ultralytics' options as its ``args``.
@@ -315,13 +315,12 @@ class _Terms(nn.Module):
 
     def check_scale(self, role: str, ours: Tensor, stock: Tensor) -> None:
         """Warn where a role is of another scale than it was."""
-        gain = GAINS[role]
         ratio = float(divide(ours.detach(), stock.detach()))
         if ratio > 0 and not 1 / UNLIKE < ratio < UNLIKE:
-            now = getattr(self.hyp, gain)
+            gain = f"{GAINS[role]}={getattr(self.hyp, GAINS[role]):g}"
             LOGGER.warning(
-                f"{role} is {ratio:.2g} times the stock loss in the first batch: to make up for it "
-                f"try {gain}={now / ratio:.2g} in place of {now:g}"
+                f"{role} is {ratio:.2g} times the stock loss in the first batch: "
+                f"think of a {'larger' if ratio < 1 else 'smaller'} gain than {gain}"
             )
 
 

@@ -281,9 +281,9 @@ def test_another_scale_is_told_once(batch, messages):
         run(model, batch)
     told = [line for line in messages.messages if "first batch" in line]
     assert len(told) == 3
-    assert re.search(r"cls_loss is 0\.0\d+ times .* try cls=\d+.* in place of 0\.5", told[0])
-    assert re.search(r"box_loss is 0\.2 times .* try box=3[78] in place of 7\.5", told[1])
-    assert re.search(r"dfl_loss is 5 times .* try dfl=0\.3 in place of 1\.5", told[2])
+    assert re.search(r"cls_loss is 0\.0\d+ times .* larger gain than cls=0\.5", told[0])
+    assert re.search(r"box_loss is 0\.2 times .* larger gain than box=7\.5", told[1])
+    assert re.search(r"dfl_loss is 5 times .* smaller gain than dfl=1\.5", told[2])
     messages.clear()
     run(use_losses(model, "ciou+bce"), batch)
     assert not messages.messages
@@ -314,6 +314,36 @@ def test_an_unsuitable_loss_is_one_clear_line_and_changes_nothing(name, spec, me
         use_losses(model, spec)
     assert "\n" not in str(error.value)
     assert getattr(model, "criterion", None) is None
+
+
+def test_meta_device_finds_no_wait_for_the_device():
+    """A copy to the host, or a tensor of another device, raises on meta."""
+    model = small_model()
+    for spec in ("giou+siou+focal+bce+dfl", "giou+focal+l1"):
+        model = small_model("yolo26n.yaml" if "l1" in spec else "yolo11n.yaml")
+        branch = yolo._branches(use_losses(model, spec).criterion)[0]
+        for part in (branch.bce, branch.bbox_loss):
+            part.compare = False
+            part.to("meta")
+        bins = 4 * (16 if branch.use_dfl else 1)
+        with torch.device("meta"):
+            raw = torch.randn(2, 50, bins, requires_grad=True)
+            boxes = torch.randn(2, 50, 4, requires_grad=True)
+            logits = torch.randn(2, 50, CLASSES, requires_grad=True)
+            scores = torch.rand(2, 50, CLASSES)
+            box, side = branch.bbox_loss(
+                raw,
+                boxes,
+                torch.rand(50, 2),
+                torch.rand(2, 50, 4),
+                scores,
+                scores.sum(),
+                torch.ones(2, 50, dtype=torch.bool),
+                torch.ones(2),
+                torch.ones(50, 1),
+            )
+            (branch.bce(logits, scores).sum() + box + side).backward()
+        assert all(each.grad is not None for each in (raw, boxes, logits))
 
 
 def test_a_role_without_a_term_stays_and_says_so(batch):

@@ -30,14 +30,14 @@ from detseg_losses.integrations.samples import (
 class Config:
     """What to convert.
 
-    Attributes:
-        data: the folder of the data set, with annotations/instances_<split>.json or
+    Args:
+        data: The folder of the data set, with annotations/instances_<split>.json or
             <split>/_annotations.coco.json.
-        output: the folder to write, which must not exist yet.
-        train: the split to train on.
-        val: the split to validate on; by default that of train, good for a try only.
-        segments: write outlines for segmentation models in place of boxes.
-        copy: copy the images; by default they are linked to.
+        output: The folder to write, which must not exist yet.
+        train: The split to train on.
+        val: The split to validate on; by default that of train, good for a try only.
+        segments: Write outlines for segmentation models in place of boxes.
+        copy: Copy the images; by default they are linked to.
     """
 
     data: str
