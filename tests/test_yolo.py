@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Before the import: no network, and settings that are not the user's.
 os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "NO_ALBUMENTATIONS_UPDATE": "1"}
-os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="ultralytics_")
+os.environ["YOLO_CONFIG_DIR"] = (SETTINGS := tempfile.TemporaryDirectory()).name
 pytest.importorskip("ultralytics")
 
 from ultralytics import YOLO
@@ -467,18 +467,10 @@ def test_converted_labels(data):
     assert not (data / "segment/images/train/more/11.png").is_symlink()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--train", "test"], "splits found: train"),
-        (["--output", "{data}"], "exists already"),
-    ],
-)
-def test_errors_of_the_converter_are_one_line(arguments, message, coco, tmp_path):
-    arguments = [each.format(data=coco) for each in arguments]
-    said = tool("--data", coco, "--output", tmp_path / "new", *arguments)
+def test_errors_of_the_converter_are_one_line(coco, tmp_path):
+    said = tool("--data", coco, "--output", tmp_path / "new", "--train", "test")
     assert said.returncode == 2
-    assert message in said.stderr
+    assert "splits found: train" in said.stderr
     assert said.stderr.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
@@ -498,8 +490,7 @@ def test_real_data_converted(data_root, tmp_path):
 
 
 def train(data, folder, name="yolo11n.yaml", spec=None, **options):
-    """A run on the small data set, its results by column, and its trainer."""
-    options = {"epochs": 2, "trainer": yolo.trainer(spec) if spec else None} | options
+    """An epoch on the small data set, its results by column, and its trainer."""
     model = YOLO(name)
     model.train(
         data=str(data / ("segment" if "seg" in name else "detect") / "data.yaml"),
@@ -511,7 +502,8 @@ def train(data, folder, name="yolo11n.yaml", spec=None, **options):
         verbose=False,
         project=str(folder),
         name="run",
-        exist_ok=True,
+        epochs=1,
+        trainer=yolo.trainer(spec) if spec else None,
         **options,
     )
     with open(folder / "run" / "results.csv") as file:
@@ -525,7 +517,7 @@ def losses_of(results):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("yolo11n.yaml", {"cls_pw": 0.5, "epochs": 1}), ("yolo26n.yaml", {})]
+    ("name", "options"), [("yolo11n.yaml", {"cls_pw": 0.5}), ("yolo26n.yaml", {})]
 )
 def test_a_run_with_the_stock_losses_is_the_stock_run(name, options, data, tmp_path):
     stock, _ = train(data, tmp_path / "stock", name, **options)
@@ -539,7 +531,7 @@ def test_a_run_with_the_stock_losses_is_the_stock_run(name, options, data, tmp_p
 def test_a_run_with_other_losses(data, tmp_path, messages):
     """It trains, validates with its own losses, and leaves a stock checkpoint."""
     spec = "giou+ramp(1, 2, steps=4)*focal; mask: bce+dice"
-    results, trainer = train(data, tmp_path, "yolo11n-seg.yaml", spec, epochs=1)
+    results, trainer = train(data, tmp_path, "yolo11n-seg.yaml", spec)
     assert any("box_loss giou, seg_loss bce+dice, cls_loss focal" in m for m in messages.messages)
     assert results["val/cls_loss"][0] < 1
     assert np.isfinite(sum(results["train/seg_loss"]))
@@ -571,7 +563,7 @@ def test_a_resumed_run_has_the_losses_again(data, tmp_path):
     spec = "giou+ramp(1, 2, steps=10)*focal"
     model = YOLO("yolo26n.yaml")
     model.add_callback("on_fit_epoch_end", interrupt)
-    options = {"imgsz": 64, "batch": 4, "workers": 0, "device": "cpu", "plots": False}
+    options = {"imgsz": 64, "batch": 4, "workers": 0, "device": "cpu", "plots": False, "val": False}
     source = str(data / "detect" / "data.yaml")
     with pytest.raises(Interrupted):
         model.train(
