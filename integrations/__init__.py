@@ -58,6 +58,7 @@ ADAPTERS = {
             "maskformer.modeling_maskformer.MaskFormerForInstanceSegmentation",
         )
     },
+    "ultralytics.nn.tasks.DetectionModel": "yolo",
 }
 """The file that adapts each model class, and what is derived from it."""
 

@@ -1,0 +1,164 @@
+"""Write a data set in COCO's layout as Ultralytics reads it: label files, images and data.yaml."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config import parse
+from common.errors import UsageError, usage_errors
+from detseg_losses.integrations.coco import find_coco, load_annotations
+from detseg_losses.integrations.samples import (
+    DataError,
+    Fault,
+    category_names,
+    check_box,
+    image_size,
+    report_faults,
+)
+
+
+@dataclass
+class Config:
+    """What to convert.
+
+    Args:
+        data: The folder of the data set, with annotations/instances_<split>.json or
+            <split>/_annotations.coco.json.
+        output: The folder to write, which must not exist yet.
+        train: The split to train on.
+        val: The split to validate on; by default that of train, good for a try only.
+        segments: Write outlines for segmentation models in place of boxes.
+        copy: Copy the images; by default they are linked to.
+    """
+
+    data: str
+    output: str
+    train: str = "train"
+    val: str | None = None
+    segments: bool = False
+    copy: bool = False
+
+
+@usage_errors()
+def main() -> None:
+    """Run the tool."""
+    config = parse(Config, __doc__)
+    output = Path(config.output)
+    if output.exists():
+        raise UsageError(f"{output} exists already; name a new folder as output")
+    try:
+        from ultralytics.data.converter import convert_coco
+    except ModuleNotFoundError:
+        raise UsageError(
+            'Ultralytics is missing: pip install "detseg_losses[ultralytics]"'
+        ) from None
+
+    faults: list[Fault] = []
+    splits = {
+        name: Split(*find_coco(Path(config.data), name), faults)
+        for name in dict.fromkeys((config.train, config.val or config.train))
+    }
+    names = [split.names for split in splits.values()]
+    if any(each != names[0] for each in names):
+        raise DataError(f"{config.data}: the splits have other categories")
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, split in splits.items():
+            file = Path(folder, f"instances_{name}.json")
+            file.write_text(json.dumps(split.content), encoding="utf-8")
+        with usage_errors(ImportError):  # of what it decodes RLE with
+            convert_coco(folder, str(output), use_segments=config.segments, cls91to80=False)
+    for name, split in splits.items():
+        for image in split.content["images"]:
+            target = output / "images" / name / image["file_name"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = (split.directory / image["file_name"]).resolve()
+            (shutil.copyfile if config.copy else os.symlink)(source, target)
+    description = {
+        "path": str(output.resolve()),
+        "train": f"images/{config.train}",
+        "val": f"images/{config.val or config.train}",
+        "names": dict(enumerate(names[0])),
+    }
+    file = output / "data.yaml"
+    file.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
+    if faults:
+        print(report_faults(faults))
+    print(f"data: {file}")
+
+
+class Split:
+    """One split, with what is usable of it, and the categories numbered from 1 without gaps.
+
+    Crowds are no objects to learn, and are left out; Ultralytics cannot ignore a part of an image.
+    """
+
+    def __init__(self, file: Path, directory: Path, faults: list[Fault]) -> None:
+        content = load_annotations(file)
+        by_id = category_names(content["categories"])
+        self.directory = directory
+        self.names = [by_id[key] for key in sorted(by_id)]
+        numbers = {key: number for number, key in enumerate(sorted(by_id), 1)}
+        images = {
+            image["id"]: image
+            for image in content["images"]
+            if image_size(directory / image["file_name"], faults)
+        }
+        annotations = []
+        for index, annotation in enumerate(content["annotations"]):
+            if annotation.get("image_id") not in images or annotation.get("iscrowd"):
+                continue
+            if annotation.get("category_id") not in numbers:
+                faults.append(Fault(file, index, "category id is not among the file's categories"))
+                continue
+            number = numbers[annotation["category_id"]]
+            usable, fault = _inside(annotation, images[annotation["image_id"]])
+            if fault:
+                faults.append(Fault(file, index, fault, annotation.get("bbox")))
+            if usable is not None:
+                annotations.append(usable | {"category_id": number})
+        if not annotations:
+            raise DataError(f"{file}: no usable object in an image of {directory}")
+        self.content = {"images": list(images.values()), "annotations": annotations}
+
+
+def _inside(
+    annotation: dict[str, Any], image: dict[str, Any]
+) -> tuple[dict[str, Any] | None, str | None]:
+    """An annotation clipped to its image, for Ultralytics drops images with anything beyond; and
+    the fault, as in :func:`check_box`.
+    """
+    width, height = image["width"], image["height"]
+    try:
+        x, y, w, h = map(float, annotation["bbox"])
+    except (KeyError, TypeError, ValueError):
+        return None, "bbox is not four numbers"
+    box, fault = check_box((x, y, x + w, y + h), width, height)
+    if box is None:
+        return None, fault
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list):
+        segmentation = [_clip(polygon, width, height) for polygon in segmentation]
+    return {
+        "image_id": annotation["image_id"],
+        "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+        "segmentation": segmentation,
+    }, fault
+
+
+def _clip(polygon: Sequence[float], width: int, height: int) -> list[float]:
+    limits = width, height
+    return [min(max(value, 0), limits[index % 2]) for index, value in enumerate(polygon)]
+
+
+if __name__ == "__main__":
+    main()
