@@ -357,19 +357,26 @@ class _SoftmaxBlock(Part):
         self.z = self.e.sum(1, keepdim=True)
         self.share = self.weighted(self.z.reciprocal())  # w / z: what each e counts
         self.class_weights = None if class_weights is None else class_weights[:, None]
-        self.target_weights = self.y
-        """The weight of each class in the nll of a dense target."""
-        if self.y is not None and self.class_weights is not None:
-            self.target_weights = self.y * self.class_weights
-        elif self.y is None and tile is not WHOLE and self.e.shape[1] <= FEW:
+        if self.y is None and tile is not WHOLE and self.e.shape[1] <= FEW:
+            # Few classes are compared with the label, which is faster than to look up its own.
             self.y = self.target_weights = self.hot()
-        if self.y is None:
+            self.target_total: Any = 1
+        elif self.y is not None:
+            weights = self.class_weights
+            self.target_weights = self.y if weights is None else self.y * weights
+            self.target_total = self.target_weights.sum(1)
+        else:
             self.index = self.labels.unsqueeze(1)
 
     def hot(self) -> Tensor:
         """The labels as a dense target."""
         classes = torch.arange(self.e.shape[1], device=self.e.device).unsqueeze(1)
         return (self.labels.unsqueeze(1) == classes).to(self.dtype)
+
+    @lazy
+    def p(self) -> Tensor:
+        """The weighted probabilities."""
+        return self.e * self.share
 
     @lazy
     def top(self) -> Tensor:
@@ -381,17 +388,18 @@ class _SoftmaxBlock(Part):
         return self.top - self.x.gather(1, self.index)
 
     def nll(self) -> Tensor:
-        if self.target_weights is not None:
-            return self.log_likelihood(self.target_weights)
+        if self.y is not None:
+            return self.log_likelihood(self.target_weights, self.target_total)
         return self.counted((self.missing + self.z.log()).squeeze(1))
 
     def smooth(self) -> Tensor:
-        return self.log_likelihood(self.smooth_weights())
+        weights = self.smooth_weights()
+        return self.log_likelihood(weights, weights.sum())
 
-    def log_likelihood(self, weights: Tensor) -> Tensor:
-        """``-sum_c w_c log p_c`` with weights ``(b, C, n)`` or ``(C, 1)``."""
+    def log_likelihood(self, weights: Tensor, total: Tensor | int) -> Tensor:
+        """``-sum_c w_c log p_c`` with weights ``(b, C, n)`` or ``(C, 1)``, and their sum."""
         missing = (weights * (self.top - self.x)).sum(1)
-        return self.counted(missing + weights.sum(-2) * self.z.log().squeeze(1))
+        return self.counted(missing + total * self.z.log().squeeze(1))
 
     def smooth_weights(self) -> Tensor:
         """The weight of each class in ``smooth``, ``(C, 1)``."""
@@ -400,14 +408,14 @@ class _SoftmaxBlock(Part):
         return self.class_weights
 
     def pred(self) -> Tensor:
-        return (self.e * self.share).sum(-1)
+        return self.p.sum(-1)
 
     def pred_sq(self) -> Tensor:
-        return (self.e * self.e * (self.share / self.z)).sum(-1)
+        return (self.p * self.e / self.z).sum(-1)
 
     def tp(self) -> Tensor:
         if self.y is not None:
-            return (self.e * self.share * self.y).sum(-1)
+            return (self.p * self.y).sum(-1)
         hit = (-self.missing).exp_() * self.share
         return _class_sums(hit.squeeze(1), self.labels, self.e.shape[1])
 
@@ -429,7 +437,7 @@ class _SoftmaxBlock(Part):
         rows = []  # r, one number a pixel
         rest = []  # -s
         at_label = []  # -s where c is the label
-        weighted = []  # the gradients of maps, and the weights of their classes
+        weighted = []  # the gradients of maps, the weights of their classes, and the sum of those
         if pred is not None:
             each = pred.unsqueeze(-1)
         if tp is not None and self.y is not None:
@@ -442,18 +450,19 @@ class _SoftmaxBlock(Part):
             each = 2 * pred_sq.unsqueeze(-1) * self.e / self.z + (0 if each is None else each)
         if each is not None:
             rows.append(-(self.e * each).sum(1, keepdim=True) * self.share)
-        if nll is not None and self.target_weights is not None:
-            weighted.append((nll, self.target_weights))
+        if nll is not None and self.y is not None:
+            weighted.append((nll, self.target_weights, self.target_total))
         elif nll is not None:
             nll = self.counted(nll).unsqueeze(1)
             rows.append(nll)
             at_label.append(-nll)
         if smooth is not None:
-            weighted.append((smooth, self.smooth_weights()))
-        for grad, weights in weighted:
-            grad = self.counted(grad).unsqueeze(1)
-            rows.append(grad * weights.sum(-2, keepdim=True))
-            rest.append(-grad * weights)
+            weights = self.smooth_weights()
+            weighted.append((smooth, weights, weights.sum()))
+        for grad, weights, total in weighted:
+            grad = self.counted(grad)
+            rows.append((grad * total).unsqueeze(1))
+            rest.append(-grad.unsqueeze(1) * weights)
         row = reduce(add, rows) / self.z
         gradient = self.e * (row if each is None else torch.addcmul(row, each, self.share))
         if rest:
