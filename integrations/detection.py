@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detseg_losses.base import Kind, Loss, check_choice, processes, world_sum
-from detseg_losses.spec import LossSum, SpecError, build_loss, names_of_kind
+from detseg_losses.base import LOSSES, Kind, Loss, check_choice, processes, world_sum
+from detseg_losses.pixels import PixelLoss
+from detseg_losses.spec import LossSum, SpecError, Weight, build_loss, names_of_kind
 
 Normalizer = Literal["image", "batch"]
 
@@ -22,8 +23,13 @@ Roles = Mapping[str, tuple[Kind, ...]]
 FIXED = ("mode", "ignore_index", "per_image", "sync", "reduction")
 """Options that a head itself decides."""
 
+COUNTERPARTS = {"focal": "softmax_focal", "bce": "ce"}
+"""What a loss of independent sigmoids is called where the classes exclude each other."""
 
-def read_losses(spec: str, owner: str, roles: Roles, normalizer: Normalizer) -> LossSum:
+
+def read_losses(
+    spec: str, owner: str, roles: Roles, normalizer: Normalizer, *, softmax: bool = False
+) -> LossSum:
     """Make the losses of a head, and say at once what it has no use for.
 
     A role without a term is warned of: there the model keeps its own loss.
@@ -33,6 +39,7 @@ def read_losses(spec: str, owner: str, roles: Roles, normalizer: Normalizer) -> 
         owner: what the head or model is called in messages.
         roles: what the head computes.
         normalizer: what the sums over anchors are divided by.
+        softmax: whether the classes exclude each other, see :func:`softmax_terms`.
 
     Raises:
         SpecError: on a string that cannot be read, a term that has no role, that is a mean by
@@ -41,10 +48,12 @@ def read_losses(spec: str, owner: str, roles: Roles, normalizer: Normalizer) -> 
     """
     check_choice("normalizer", normalizer, Normalizer)
     loss = build_loss(spec)
+    if softmax:
+        loss = softmax_terms(loss, owner)
     eaten = [kind for kinds in roles.values() for kind in kinds]
     for name, _, term in loss.items():
         if not set(term.kinds) & set(eaten):
-            choices = ", ".join(other for kind in eaten for other in names_of_kind(kind))
+            choices = ", ".join(other for kind in eaten for other in _names(kind, softmax))
             raise SpecError(f"{owner} has no use for {name!r}, it has for {choices}")
         if term.of_batch:
             raise SpecError(
@@ -60,6 +69,60 @@ def read_losses(spec: str, owner: str, roles: Roles, normalizer: Normalizer) -> 
                 stacklevel=4,
             )
     return loss
+
+
+def _names(kind: Kind, softmax: bool) -> list[str]:
+    names = names_of_kind(kind)
+    if softmax and kind == "segmentation":
+        return [name for name in names if issubclass(LOSSES[name], PixelLoss)]
+    return names
+
+
+def softmax_terms(loss: LossSum, owner: str) -> LossSum:
+    """The terms for a head whose classes exclude each other: one softmax, background included.
+
+    So that ``"giou+focal"`` trains every detector, ``focal`` is taken as ``softmax_focal`` there
+    and ``bce`` as ``ce``, with the same weight and options, and with a warning. Other losses of
+    sigmoids, and those that have no value for a single box, are refused.
+
+    Args:
+        loss: what :func:`build_loss` makes of the string of such a head.
+        owner: what the head or model is called in messages.
+
+    Raises:
+        SpecError: on a term that is refused, and on an option that the counterpart does not have
+            or (``alpha``) that means something else there.
+    """
+    terms: list[tuple[Weight, Loss]] = []
+    for name, weight, term in loss.items():
+        if term.name in COUNTERPARTS:
+            term = _counterpart(term, owner)
+        elif {"classification", "segmentation"} & set(term.kinds) and not isinstance(
+            term, PixelLoss
+        ):
+            choices = ", ".join(_names("segmentation", softmax=True))
+            raise SpecError(
+                f"the classes of {owner} exclude each other: it has no use for {name!r}, it has "
+                f"for {choices}"
+            )
+        terms.append((weight, term))
+    return LossSum(terms)
+
+
+def _counterpart(term: Loss, owner: str) -> Loss:
+    name = COUNTERPARTS[term.name]
+    options = term.given | dict(term.named_buffers(recurse=False))
+    known = LOSSES[name].defaults().keys() - {"alpha"}  # of a sigmoid it weighs positives alone
+    if unknown := options.keys() - known:
+        raise SpecError(
+            f"the classes of {owner} exclude each other: {term.name!r} would be {name!r}, for "
+            f"which {min(unknown)!r} has no meaning or another; write {name!r} itself"
+        )
+    warnings.warn(
+        f"the classes of {owner} exclude each other: {term.name!r} is taken as {name!r}",
+        stacklevel=5,
+    )
+    return LOSSES[name](**options)
 
 
 def terms_of(loss: LossSum, kinds: tuple[Kind, ...]) -> list[tuple[str, Loss]]:
