@@ -10,6 +10,8 @@ from torch import nn
 
 ADAPTERS = {
     "torchvision.models.detection.retinanet.RetinaNet": "torchvision_retinanet",
+    "torchvision.models.detection.fcos.FCOS": "torchvision_fcos",
+    "torchvision.models.detection.ssd.SSD": "torchvision_ssd",
     "segmentation_models_pytorch.base.model.SegmentationModel": "smp",
 }
 """The file that adapts each model class, and what is derived from it."""
