@@ -186,7 +186,7 @@ def segmentation_batch(
                 f"pixel_weight {tuple(pixel_weight.shape)} does not fit logits "
                 f"{tuple(logits.shape)}: it holds one weight a pixel"
             )
-        factor = pixel_weight.reshape(x.shape[0], 1, -1)
+        factor = pixel_weight.reshape(x.shape[0], 1, x.shape[2])
         weight = factor if weight is None else factor * weight
     return Batch(x, y, weight, logits.shape, mode)
 

@@ -64,6 +64,42 @@ def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
     return LossSum(terms, kind)
 
 
+def read_stages(spec: str, stages: Sequence[str], owner: str) -> dict[str, str]:
+    """The loss string of each stage that a string addresses: ``"rpn: giou+bce; roi: giou+ce"``.
+
+    Args:
+        spec: parts ``stage: losses``, with ``;`` between them; or a loss string.
+        stages: the names that there are.
+        owner: what has these stages, for messages.
+
+    Returns:
+        By stage, in the order of the string; empty for a string that addresses none.
+
+    Raises:
+        SpecError: naming the column, on a part without a stage, a stage that does not exist, or
+            one that is given twice.
+    """
+    found: dict[str, str] = {}
+    if not set(":;") & set(spec):
+        return found
+    column = 1
+    for part in spec.split(";"):
+        stage, colon, losses = part.partition(":")
+        start = column + len(part) - len(part.lstrip())
+        column += len(part) + 1
+        stage = stage.strip()
+        if not part.strip():
+            continue  # after the last ";"
+        if not colon:
+            raise _error(spec, start, f"expected a stage, as in '{stages[0]}: {part.strip()}'")
+        if stage not in stages:
+            raise _error(spec, start, f"{owner} has no stage {stage!r}{_nearest(stage, stages)}")
+        if stage in found:
+            raise _error(spec, start, f"stage {stage!r} is given twice")
+        found[stage] = losses.strip()
+    return found
+
+
 def _summands(node: ast.expr) -> Iterator[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         yield from _summands(node.left)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 ADAPTERS = {
+    "torchvision.models.detection.faster_rcnn.FasterRCNN": "torchvision_rcnn",
     "torchvision.models.detection.retinanet.RetinaNet": "torchvision_retinanet",
     "torchvision.models.detection.fcos.FCOS": "torchvision_fcos",
     "torchvision.models.detection.ssd.SSD": "torchvision_ssd",

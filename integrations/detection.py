@@ -28,7 +28,7 @@ COUNTERPARTS = {"focal": "softmax_focal", "bce": "ce"}
 
 
 def read_losses(
-    spec: str, owner: str, roles: Roles, normalizer: Normalizer, *, softmax: bool = False
+    spec: str, owner: str, roles: Roles, normalizer: Normalizer | None, *, softmax: bool = False
 ) -> LossSum:
     """Make the losses of a head, and say at once what it has no use for.
 
@@ -38,7 +38,8 @@ def read_losses(
         spec: a loss string.
         owner: what the head or model is called in messages.
         roles: what the head computes.
-        normalizer: what the sums over anchors are divided by.
+        normalizer: what the sums over anchors are divided by; None where the losses of classes are
+            means over what was sampled.
         softmax: whether the classes exclude each other, see :func:`softmax_terms`.
 
     Raises:
@@ -46,7 +47,8 @@ def read_losses(
             nature (sums are needed), or that sets what the head itself decides.
         ValueError: on a normalizer that does not exist.
     """
-    check_choice("normalizer", normalizer, Normalizer)
+    if normalizer is not None:
+        check_choice("normalizer", normalizer, Normalizer)
     loss = build_loss(spec)
     if softmax:
         loss = softmax_terms(loss, owner)
@@ -55,7 +57,7 @@ def read_losses(
         if not set(term.kinds) & set(eaten):
             choices = ", ".join(other for kind in eaten for other in _names(kind, softmax))
             raise SpecError(f"{owner} has no use for {name!r}, it has for {choices}")
-        if term.of_batch:
+        if term.of_batch and normalizer is not None:
             raise SpecError(
                 f"{owner} divides sums by the positive anchors, and {name!r} is a mean by nature"
             )

@@ -1,0 +1,349 @@
+"""Any losses in torchvision's Faster, Mask and Keypoint R-CNN."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.faster_rcnn import FasterRCNN
+from torchvision.models.detection.roi_heads import (
+    RoIHeads,
+    keypoints_to_heatmap,
+    project_masks_on_boxes,
+)
+from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from detseg_losses.base import compute_dtype, rows_where
+from detseg_losses.integrations.detection import (
+    Roles,
+    box_losses,
+    detached,
+    read_losses,
+    terms_of,
+    total,
+)
+from detseg_losses.spec import LossSum, SpecError, build_loss, read_stages
+
+ROLES: dict[str, Roles] = {
+    "rpn": {"loss_objectness": ("classification",), "loss_rpn_box_reg": ("boxes", "deltas")},
+    "roi": {"loss_classifier": ("segmentation",), "loss_box_reg": ("boxes", "deltas")},
+    "mask": {"loss_mask": ("segmentation",)},
+    "keypoint": {"loss_keypoint": ("segmentation",)},
+}
+"""What each stage computes. Classes that exclude each other are a segmentation of single pixels."""
+
+Targets = list[dict[str, Tensor]]
+
+
+def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
+    """Let a Faster, Mask or Keypoint R-CNN train with other losses, in place.
+
+    A string addresses the stages of the model, ``"rpn: giou+bce; roi: giou+ce; mask: bce+dice"``;
+    a stage that it does not name stays as it is. A string without stages is for both ``rpn`` and
+    ``roi``.
+
+    ========  =================  =========================================  =======================
+    stage     entry              losses                                     torchvision's own
+    ========  =================  =========================================  =======================
+    rpn       loss_objectness    of one sigmoid: ``bce``, ``focal``, ...    ``bce``
+    \\         loss_rpn_box_reg   of boxes or offsets: ``giou``, ``l1``, ... ``smooth_l1(beta=1/9)``
+    roi       loss_classifier    of a softmax: ``ce``, ``softmax_focal``    ``ce``
+    \\         loss_box_reg       of boxes or offsets                        ``smooth_l1(beta=1/9)``
+    mask      loss_mask          of binary masks: ``bce``, ``dice``, ...    ``bce``
+    keypoint  loss_keypoint      of a softmax over the places of a heatmap  ``ce``
+    ========  =================  =========================================  =======================
+
+    Sampling and normalisation stay torchvision's: the losses of classes are means over the sampled
+    anchors or proposals of the batch, those of boxes sums over the positive ones among them,
+    divided by the number of all. Masks and keypoints are means over the positive proposals; a
+    region loss such as ``dice`` is that of each object, unless it says ``per_image=False``.
+
+    Where a softmax is trained, ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``, with
+    a warning. A role without a term keeps the model's own loss, with a warning.
+
+    The dictionary that the model returns in training keeps its keys, so does its ``state_dict``;
+    ``model.rpn.loss`` and ``model.roi_heads.losses`` hold the losses, their ``values`` the value of
+    each term.
+
+    Args:
+        model: any Faster, Mask or Keypoint R-CNN, before it is wrapped for several processes.
+        spec: a loss string, with or without stages.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: on a string that cannot be read, a stage that the model does not have, a term
+            that has no role in its stage, or weights that are not one for each of its classes.
+        TypeError: where the RPN or the RoI heads are not torchvision's own.
+    """
+    owner, heads = type(model).__name__, model.roi_heads
+    stages = ["rpn", "roi"]
+    stages += ["mask"] * heads.has_mask() + ["keypoint"] * heads.has_keypoint()
+    losses: dict[str, LossSum] = {}
+    parts = read_stages(spec, stages, owner) or {"rpn": spec, "roi": spec}
+    for stage, part in parts.items():
+        head = f"stage {stage!r} of {owner}"
+        if stage == "mask":
+            losses[stage] = _read_masks(part, head)
+        else:
+            losses[stage] = read_losses(part, head, ROLES[stage], None, softmax=stage != "rpn")
+        if (classes := _classes(heads, stage)) is not None:
+            losses[stage].check_classes(classes)
+        found, own, ours = heads, RoIHeads, LossRoIHeads
+        if stage == "rpn":
+            found, own, ours = model.rpn, RegionProposalNetwork, LossRPN
+        if type(found) not in (own, ours):
+            raise TypeError(f"{head} is a {type(found).__name__}, not torchvision's {own.__name__}")
+    restore_losses(model)
+    for loss in losses.values():
+        loss.adapt(model)
+    if "rpn" in losses:
+        model.rpn.__class__ = LossRPN
+        model.rpn.loss = losses.pop("rpn")
+    if losses:
+        heads.__class__ = LossRoIHeads
+        heads.losses = nn.ModuleDict(losses)
+    return model
+
+
+def _read_masks(spec: str, owner: str) -> LossSum:
+    """The losses of masks, one object an image."""
+    loss = build_loss(spec, "segmentation", mode="binary", per_image=True)
+    for name, _, term in loss.items():
+        for option, value in (("mode", "binary"), ("reduction", "mean")):
+            if term.options[option] != value:
+                raise SpecError(f"{name!r}: {owner} itself decides {option!r}")
+    return loss
+
+
+def _classes(heads: RoIHeads, stage: str) -> int | None:
+    """How many classes a stage tells apart; None where that shows in training."""
+    if stage == "roi":
+        return getattr(getattr(heads.box_predictor, "cls_score", None), "out_features", None)
+    return None if stage == "keypoint" else 1
+
+
+def restore_losses(model: FasterRCNN) -> FasterRCNN:
+    """Give the model back the losses that it came with, in place."""
+    if isinstance(model.rpn, LossRPN):
+        del model.rpn.loss
+        model.rpn.__class__ = RegionProposalNetwork
+    if isinstance(model.roi_heads, LossRoIHeads):
+        del model.roi_heads.losses
+        model.roi_heads.__class__ = RoIHeads
+    return model
+
+
+class LossRPN(RegionProposalNetwork):
+    """A region proposal network with other losses.
+
+    A model's own becomes one by its ``__class__``, so that whatever it holds, now or later, stays
+    in its place.
+    """
+
+    loss: LossSum
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: Targets
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        self._matched = torch.cat(anchors), torch.cat(boxes)
+        return labels, boxes
+
+    def compute_loss(
+        self,
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of objectness and of boxes.
+
+        Args:
+            objectness: logits of all anchors of the batch, ``(A, 1)``.
+            pred_bbox_deltas: their predicted offsets, ``(A, 4)``.
+            labels: of the anchors of each image: 1 object, 0 background, -1 neither.
+            regression_targets: their true offsets.
+        """
+        anchors, truths = self.__dict__.pop("_matched")
+        sample = self.fg_bg_sampler(labels)
+        positive, negative = (torch.cat(masks) > 0 for masks in sample)
+        sampled = positive | negative
+
+        rows = rows_where(sampled)
+        classes = torch.where(positive, 0, torch.where(negative, -1, -2))[rows]
+        logits = objectness.reshape(-1, 1)[rows]
+        classification = {}
+        for name, term in terms_of(self.loss, ROLES["rpn"]["loss_objectness"]):
+            classification[name] = self.loss.weighted(name, term(logits, classes))
+
+        count = sampled.sum().clamp(min=1)
+        boxes = _box_losses(
+            self.loss, self.box_coder, pred_bbox_deltas, anchors, truths, positive, count
+        )
+        self.loss.values = detached(classification, boxes)
+        if classification and boxes:
+            return total(classification), total(boxes)
+        sampler = self.fg_bg_sampler
+        self.fg_bg_sampler = lambda labels: sample  # torchvision's own part has the same anchors
+        try:
+            own = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+        finally:
+            self.fg_bg_sampler = sampler
+        return (total(classification), own[1]) if classification else (own[0], total(boxes))
+
+
+class LossRoIHeads(RoIHeads):
+    """The heads of a Faster, Mask or Keypoint R-CNN with other losses, see :class:`LossRPN`."""
+
+    losses: Any  # a ModuleDict of a LossSum for each of the stages "roi", "mask", "keypoint"
+
+    def select_training_samples(self, proposals: list[Tensor], targets: Targets | None) -> Any:
+        self._sample = super().select_training_samples(proposals, targets)
+        return self._sample
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: Targets | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections, or in training losses: torchvision's own, and in their place those of the
+        terms, of the same proposals and predictions.
+        """
+        if not self.training:
+            return super().forward(features, proposals, image_shapes, targets)
+        predictors = {
+            "roi": self.box_predictor,
+            "mask": self.mask_predictor,
+            "keypoint": self.keypoint_predictor,
+        }
+        predicted: dict[str, Any] = {}
+        with ExitStack() as hooks:
+            for stage in self.losses:
+                keep = partial(_keep, predicted, stage)
+                hooks.enter_context(predictors[stage].register_forward_hook(keep))
+            detections, losses = super().forward(features, proposals, image_shapes, targets)
+        proposals, matched, labels, _ = self.__dict__.pop("_sample")
+        assert targets is not None  # or there were no samples
+        if "roi" in predicted:
+            truths = [_of_matches(t["boxes"], m) for t, m in zip(targets, matched, strict=True)]
+            losses |= self._box_losses(*predicted["roi"], proposals, labels, truths)
+        positive = [each > 0 for each in labels]
+        proposals = [each[where] for each, where in zip(proposals, positive, strict=True)]
+        matched = [each[where] for each, where in zip(matched, positive, strict=True)]
+        if "mask" in predicted:
+            classes = torch.cat([each[where] for each, where in zip(labels, positive, strict=True)])
+            masks = [target["masks"] for target in targets]
+            losses |= self._mask_losses(predicted["mask"], classes, proposals, matched, masks)
+        if "keypoint" in predicted:
+            points = [t["keypoints"][m] for t, m in zip(targets, matched, strict=True)]
+            losses |= self._keypoint_losses(predicted["keypoint"], proposals, points)
+        return detections, losses
+
+    def _box_losses(
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        proposals: list[Tensor],
+        labels: list[Tensor],
+        truths: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Of logits ``(N, C)`` and of offsets for each class ``(N, 4 * C)``."""
+        loss, classes = self.losses["roi"], torch.cat(labels)
+        classification = {}
+        for name, term in terms_of(loss, ROLES["roi"]["loss_classifier"]):
+            value = term(logits, classes, mode="multiclass")
+            classification[name] = loss.weighted(name, value)
+        each = torch.arange(len(classes), device=classes.device)
+        boxes = _box_losses(
+            loss,
+            self.box_coder,
+            deltas.unflatten(1, (-1, 4))[each, classes],
+            torch.cat(proposals),
+            torch.cat(truths),
+            classes > 0,
+            max(len(classes), 1),
+        )
+        loss.values = detached(classification, boxes)
+        found = {"loss_classifier": classification, "loss_box_reg": boxes}
+        return {entry: total(values) for entry, values in found.items() if values}
+
+    def _mask_losses(
+        self,
+        logits: Tensor,
+        classes: Tensor,
+        proposals: list[Tensor],
+        matched: list[Tensor],
+        masks: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Of logits ``(P, C, M, M)``, where that of the class of each positive proposal counts."""
+        size = logits.shape[-1]
+        cropped = [
+            project_masks_on_boxes(*image, size)
+            for image in zip(masks, proposals, matched, strict=True)
+        ]
+        target = torch.cat(cropped).clamp(0, 1)  # interpolation rounds
+        each = torch.arange(len(classes), device=classes.device)
+        loss = self.losses["mask"]
+        return {"loss_mask": total(loss.compute(logits[each, classes, None], target[:, None]))}
+
+    def _keypoint_losses(
+        self, logits: Tensor, proposals: list[Tensor], points: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Of heatmaps ``(P, K, M, M)`` and points ``(P, K, 3)``, where the visible ones count."""
+        places, visible = keypoints_to_heatmap(
+            torch.cat(points), torch.cat(proposals), logits.shape[-1]
+        )
+        values = self.losses["keypoint"].compute(
+            logits.flatten(2).flatten(0, 1), places.flatten(), pixel_weight=visible.flatten() > 0
+        )
+        return {"loss_keypoint": total(values)}
+
+
+def _keep(predicted: dict[str, Any], stage: str, module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that notes what a predictor gives."""
+    predicted[stage] = output
+
+
+def _of_matches(values: Tensor, matched: Tensor) -> Tensor:
+    """The row of the object that each proposal matches; zeros where there is no object."""
+    return torch.cat((values, values.new_zeros(1, *values.shape[1:])))[matched]
+
+
+def _box_losses(
+    loss: LossSum,
+    coder: BoxCoder,
+    deltas: Tensor,
+    anchors: Tensor,
+    truths: Tensor,
+    positive: Tensor,
+    count: Tensor | int,
+) -> dict[str, Tensor]:
+    """The weighted values of the terms of boxes: sums over the positives, over a count.
+
+    Args:
+        loss: what to compute.
+        coder: of the offsets.
+        deltas: predicted offsets, ``(N, 4)``.
+        anchors: what they are relative to, ``(N, 4)``.
+        truths: the true boxes, ``(N, 4)``; where none, anything.
+        positive: which rows count, ``(N,)``.
+        count: the number of rows that were sampled, at least 1.
+    """
+    rows = rows_where(positive)
+    deltas, anchors, positive = deltas[rows], anchors[rows], positive[rows]
+    return box_losses(
+        loss,
+        deltas.to(compute_dtype(deltas.dtype)),
+        torch.where(positive.unsqueeze(-1), truths[rows], anchors),
+        positive / count,
+        encode=partial(coder.encode_single, proposals=anchors),
+        decode=partial(coder.decode_single, boxes=anchors),
+    )
