@@ -122,7 +122,7 @@ def _counterpart(term: Loss, owner: str) -> Loss:
         )
     warnings.warn(
         f"the classes of {owner} exclude each other: {term.name!r} is taken as {name!r}",
-        stacklevel=5,
+        stacklevel=6,
     )
     return LOSSES[name](**options)
 
