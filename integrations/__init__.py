@@ -6,7 +6,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from detseg_losses.spec import LossSum
 
 ADAPTERS = {
     "torchvision.models.detection.faster_rcnn.FasterRCNN": "torchvision_rcnn",
@@ -42,6 +44,51 @@ def use_losses(model: Model, spec: str, **options: Any) -> Model:
 def restore_losses(model: Model) -> Model:
     """Undo :func:`use_losses`, in place; the model is as it came."""
     return _adapter(model).restore_losses(model)
+
+
+class ModelLosses:
+    """The losses that :func:`use_losses` put into a model, as one: a model with stages has several.
+
+    Where there are several, the names of terms and the keys of the state begin with where they are
+    in the model: ``"rpn.loss.giou"``.
+
+    Args:
+        model: an adapted model, not wrapped for several processes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = {n: m for n, m in model.named_modules() if isinstance(m, LossSum)}
+        self.sums = {f"{n}." if len(found) > 1 else "": loss for n, loss in found.items()}
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The weighted value of each term in the last step, detached."""
+        return {p + name: v for p, loss in self.sums.items() for name, v in loss.values.items()}
+
+    @property
+    def factors(self) -> dict[str, Tensor | float]:
+        """What the loss of each term is multiplied by in this step."""
+        return {p + name: loss.factor(name) for p, loss in self.sums.items() for name in loss.names}
+
+    def advance(self) -> None:
+        """Count an optimizer step, see :meth:`LossSum.advance`."""
+        for loss in self.sums.values():
+            loss.advance()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on, beside the ``state_dict`` of the model."""
+        return {p + k: v for p, loss in self.sums.items() for k, v in loss.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of losses like these.
+
+        Raises:
+            RuntimeError: where those were other losses.
+        """
+        if strays := [key for key in state if not key.startswith(tuple(self.sums))]:
+            raise RuntimeError(f"no loss has the state {', '.join(strays)}")
+        for p, loss in self.sums.items():
+            loss.load_state_dict({k[len(p) :]: v for k, v in state.items() if k.startswith(p)})
 
 
 def _adapter(model: nn.Module) -> ModuleType:

@@ -26,7 +26,7 @@ from detseg_losses.integrations.detection import (
     terms_of,
     total,
 )
-from detseg_losses.spec import LossSum, SpecError, build_loss, read_stages
+from detseg_losses.spec import LossSum, build_loss, read_stages
 
 ROLES: dict[str, Roles] = {
     "rpn": {"loss_objectness": ("classification",), "loss_rpn_box_reg": ("boxes", "deltas")},
@@ -60,7 +60,7 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
     Sampling and normalisation stay torchvision's: the losses of classes are means over the sampled
     anchors or proposals of the batch, those of boxes sums over the positive ones among them,
     divided by the number of all. Masks and keypoints are means over the positive proposals; a
-    region loss such as ``dice`` is that of each object, unless it says ``per_image=False``.
+    region loss such as ``dice`` is that of each proposal.
 
     Where a softmax is trained, ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``, with
     a warning. A role without a term keeps the model's own loss, with a warning.
@@ -88,10 +88,11 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
     parts = read_stages(spec, stages, owner) or {"rpn": spec, "roi": spec}
     for stage, part in parts.items():
         head = f"stage {stage!r} of {owner}"
-        if stage == "mask":
-            losses[stage] = _read_masks(part, head)
-        else:
-            losses[stage] = read_losses(part, head, ROLES[stage], None, softmax=stage != "rpn")
+        losses[stage] = read_losses(
+            part, head, ROLES[stage], None, softmax=stage in ("roi", "keypoint")
+        )
+        if stage == "mask":  # where each object is what an image is elsewhere
+            losses[stage] = build_loss(part, "segmentation", mode="binary", per_image=True)
         if (classes := _classes(heads, stage)) is not None:
             losses[stage].check_classes(classes)
         found, own, ours = heads, RoIHeads, LossRoIHeads
@@ -109,16 +110,6 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
         heads.__class__ = LossRoIHeads
         heads.losses = nn.ModuleDict(losses)
     return model
-
-
-def _read_masks(spec: str, owner: str) -> LossSum:
-    """The losses of masks, one object an image."""
-    loss = build_loss(spec, "segmentation", mode="binary", per_image=True)
-    for name, _, term in loss.items():
-        for option, value in (("mode", "binary"), ("reduction", "mean")):
-            if term.options[option] != value:
-                raise SpecError(f"{name!r}: {owner} itself decides {option!r}")
-    return loss
 
 
 def _classes(heads: RoIHeads, stage: str) -> int | None:
@@ -147,6 +138,7 @@ class LossRPN(RegionProposalNetwork):
     """
 
     loss: LossSum
+    fg_bg_sampler: Any
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: Targets
@@ -234,7 +226,8 @@ class LossRoIHeads(RoIHeads):
         assert targets is not None  # or there were no samples
         if "roi" in predicted:
             truths = [_of_matches(t["boxes"], m) for t, m in zip(targets, matched, strict=True)]
-            losses |= self._box_losses(*predicted["roi"], proposals, labels, truths)
+            logits, deltas = predicted["roi"]
+            losses |= self._roi_losses(logits, deltas, proposals, labels, truths)
         positive = [each > 0 for each in labels]
         proposals = [each[where] for each, where in zip(proposals, positive, strict=True)]
         matched = [each[where] for each, where in zip(matched, positive, strict=True)]
@@ -247,7 +240,7 @@ class LossRoIHeads(RoIHeads):
             losses |= self._keypoint_losses(predicted["keypoint"], proposals, points)
         return detections, losses
 
-    def _box_losses(
+    def _roi_losses(
         self,
         logits: Tensor,
         deltas: Tensor,

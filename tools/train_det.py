@@ -17,7 +17,7 @@ from common.engine import fit, start
 from common.errors import usage_errors
 from common.evaluate import check_classes, detect, evaluate_detector
 from common.report import draw_detections, handful, plot_curves, print_metrics, write_metrics
-from detseg_losses.integrations import use_losses
+from detseg_losses.integrations import ModelLosses, use_losses
 
 
 @usage_errors()
@@ -39,7 +39,7 @@ def main() -> None:
 
     def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         by_head = model(list(batch["image"] / 255), batch["target"])
-        return sum(by_head.values()), detector.head.loss.values
+        return sum(by_head.values()), ModelLosses(detector).values
 
     def evaluate() -> dict[str, Any]:
         return evaluate_detector(fabric, detector, val, config.data, config.train.batch_size)

@@ -28,7 +28,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import TrainConfig, TrainingConfig, to_dict
 from common.data import Batch, TrainingImages, TrainingOrder, collate
 from common.errors import UsageError
-from detseg_losses import LossSum
+from detseg_losses.integrations import ModelLosses
 
 Losses = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 Evaluate = Callable[[], dict[str, Any]]
@@ -95,7 +95,7 @@ def fit(
             classes or learned weights, or the loss is no longer finite.
     """
     train = config.train
-    criterion = next(module for module in model.modules() if isinstance(module, LossSum))
+    criterion = ModelLosses(model)
     make_order = partial(
         TrainingOrder,
         len(images),
@@ -236,10 +236,10 @@ def _take_step(
     return values
 
 
-def _moving_weights(criterion: LossSum) -> dict[str, Tensor]:
+def _moving_weights(criterion: ModelLosses) -> dict[str, Tensor]:
     """The weights that are on a ramp or learned, for the log."""
-    factors = {f"weight_{name}": criterion.factor(name) for name in criterion.names}
-    return {name: f.detach() for name, f in factors.items() if isinstance(f, Tensor)}
+    factors = criterion.factors.items()
+    return {f"weight_{name}": f.detach() for name, f in factors if isinstance(f, Tensor)}
 
 
 def _make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
