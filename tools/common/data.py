@@ -198,11 +198,15 @@ class TrainingImages(Dataset[Batch]):
         self, old: NDArray[np.float32], moved: NDArray[np.float32], size: tuple[int, int]
     ) -> NDArray[np.float32]:
         """Keypoints ``(N, K, 3)`` where they are now; in a mirror left and right change places."""
-        *points, origin, right = np.asarray(moved, np.float32)[:, :2]
-        new = np.concatenate((np.reshape(points, old[..., :2].shape), old[..., 2:]), -1)
+        moved = np.asarray(moved, np.float32)[:, :2]
+        new = np.concatenate((moved[:-2].reshape(old[..., :2].shape), old[..., 2:]), -1)
+        origin, right = moved[-2:, 0]
+        if right < origin:
+            new = new[:, self.mirrored]
+            new[..., 0] += 1  # albumentations mirrors the centres of pixels, not their borders
         outside = ((new[..., :2] < 0) | (new[..., :2] >= size[::-1])).any(-1)
         new[outside, 2] = 0
-        return new[:, self.mirrored] if right[0] < origin[0] else new
+        return new
 
 
 def _training_transform(config: DataConfig) -> A.Compose:
