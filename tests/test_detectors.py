@@ -136,7 +136,11 @@ def small_model(name: str, *, num_classes: int, num_keypoints: int = 0, **_: Any
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models, and no pictures, which take longer than to train these."""
     monkeypatch.setattr(common.detectors.tv, "get_model", small_model)
+    for tool in MAINS.values():
+        for name in {"plot_curves", "draw_detections"} & vars(tool).keys():
+            monkeypatch.setattr(tool, name, lambda *_: None)
 
 
 @pytest.mark.usefixtures("small")
