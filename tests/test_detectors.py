@@ -25,7 +25,7 @@ import eval_det
 import train_det
 from common.config import DataConfig, DetectorConfig
 from common.data import TrainingImages, load_data
-from common.detectors import NormalizeOnly, build_detector, extra_of
+from common.detectors import NormalizeOnly, build_detector, extra_of, load_detector_weights
 from common.shapes import make_shapes
 
 MAINS = {"train_det": train_det, "eval_det": eval_det}
@@ -282,3 +282,26 @@ def test_what_models_learn_beside_boxes() -> None:
     names = ["maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn", "ssd300_vgg16", "retinanet"]
     found = [extra_of(DetectorConfig(name=name)) for name in names]  # type: ignore[arg-type]
     assert found == ["masks", "keypoints", None, None]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["ssd300_vgg16", "maskrcnn_resnet50_fpn"])
+def test_outputs_of_a_coco_detector_are_chosen_by_class_name(name: str, tmp_path: Path) -> None:
+    model = DetectorConfig(name=name, weights=str(tmp_path / "coco.pth"))  # type: ignore[arg-type]
+    state = build_detector(model, DataConfig(), ["?"] * 90, seed=0).state_dict()
+    outputs = {key for key, value in state.items() if len(value) % 91 == 0 and "bias" in key}
+    of_boxes = {"roi_heads.box_predictor.bbox_pred.bias"}
+    for key in outputs:
+        value = state[key]
+        index = torch.arange(len(value))
+        value.copy_(index // 4 if key in of_boxes else index % 91)
+    torch.save(state, model.weights)
+    detector = build_detector(model, DataConfig(), ["dog", "person"], seed=1)
+    assert f"{len(state)} of its {len(state)}" in load_detector_weights(
+        detector, model, ["dog", "person"]
+    )
+    assert len(outputs) == (2 if name == "ssd300_vgg16" else 3)
+    for key in outputs:
+        chosen = detector.state_dict()[key]
+        expected = [0] * 4 + [18] * 4 + [1] * 4 if key in of_boxes else [0, 18, 1]
+        assert chosen.tolist() == expected * (len(chosen) // len(expected))
