@@ -22,6 +22,7 @@ from detseg_losses.integrations.detection import (
     Roles,
     box_losses,
     detached,
+    of_matches,
     read_losses,
     terms_of,
     total,
@@ -46,16 +47,18 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
     a stage that it does not name stays as it is. A string without stages is for both ``rpn`` and
     ``roi``.
 
-    ========  =================  =========================================  =======================
+    ========  =================  =========================================  =================
     stage     entry              losses                                     torchvision's own
-    ========  =================  =========================================  =======================
+    ========  =================  =========================================  =================
     rpn       loss_objectness    of one sigmoid: ``bce``, ``focal``, ...    ``bce``
-    \\         loss_rpn_box_reg   of boxes or offsets: ``giou``, ``l1``, ... ``smooth_l1(beta=1/9)``
+    \\         loss_rpn_box_reg   of boxes or offsets: ``giou``, ``l1``, ... ``smooth_l1``
     roi       loss_classifier    of a softmax: ``ce``, ``softmax_focal``    ``ce``
-    \\         loss_box_reg       of boxes or offsets                        ``smooth_l1(beta=1/9)``
+    \\         loss_box_reg       of boxes or offsets                        ``smooth_l1``
     mask      loss_mask          of binary masks: ``bce``, ``dice``, ...    ``bce``
     keypoint  loss_keypoint      of a softmax over the places of a heatmap  ``ce``
-    ========  =================  =========================================  =======================
+    ========  =================  =========================================  =================
+
+    The ``beta`` of torchvision's ``smooth_l1`` is 1/9.
 
     Sampling and normalisation stay torchvision's: the losses of classes are means over the sampled
     anchors or proposals of the batch, those of boxes sums over the positive ones among them,
@@ -225,7 +228,8 @@ class LossRoIHeads(RoIHeads):
         proposals, matched, labels, _ = self.__dict__.pop("_sample")
         assert targets is not None  # or there were no samples
         if "roi" in predicted:
-            truths = [_of_matches(t["boxes"], m) for t, m in zip(targets, matched, strict=True)]
+            pairs = zip(targets, matched, strict=True)  # the images may differ in their samples
+            truths = [of_matches("boxes", [target], [rows])[0] for target, rows in pairs]
             logits, deltas = predicted["roi"]
             losses |= self._roi_losses(logits, deltas, proposals, labels, truths)
         positive = [each > 0 for each in labels]
@@ -305,11 +309,6 @@ def _keep(predicted: dict[str, Any], stage: str, module: nn.Module, args: Any, o
     predicted[stage] = output
 
 
-def _of_matches(values: Tensor, matched: Tensor) -> Tensor:
-    """The row of the object that each proposal matches; zeros where there is no object."""
-    return torch.cat((values, values.new_zeros(1, *values.shape[1:])))[matched]
-
-
 def _box_losses(
     loss: LossSum,
     coder: BoxCoder,
@@ -330,12 +329,12 @@ def _box_losses(
         positive: which rows count, ``(N,)``.
         count: the number of rows that were sampled, at least 1.
     """
-    rows = rows_where(positive)
-    deltas, anchors, positive = deltas[rows], anchors[rows], positive[rows]
+    rows, dtype = rows_where(positive), compute_dtype(deltas.dtype)
+    anchors, positive = anchors[rows].to(dtype), positive[rows]
     return box_losses(
         loss,
-        deltas.to(compute_dtype(deltas.dtype)),
-        torch.where(positive.unsqueeze(-1), truths[rows], anchors),
+        deltas[rows].to(dtype),
+        torch.where(positive.unsqueeze(-1), truths[rows].to(dtype), anchors),
         positive / count,
         encode=partial(coder.encode_single, proposals=anchors),
         decode=partial(coder.decode_single, boxes=anchors),
