@@ -119,14 +119,16 @@ class FCOSLossHead(LossHead, FCOSHead):
 
         rows = rows_where(foreground.flatten())
         deltas = head_outputs["bbox_regression"].flatten(0, 1)[rows]
-        anchor = torch.stack(anchors).flatten(0, 1)[rows]
+        deltas = deltas.to(compute_dtype(deltas.dtype))
+        # Mixed precision makes anchors of half precision.
+        anchor = torch.stack(anchors).flatten(0, 1)[rows].to(deltas.dtype)
         boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
         boxes = torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor)
         factors = (foreground * factor).flatten()[rows]
         coder: BoxLinearCoder = self.stock.box_coder
         regression = box_losses(
             self.loss,
-            deltas.to(compute_dtype(deltas.dtype)),
+            deltas,
             boxes,
             factors,
             encode=partial(coder.encode, anchor),

@@ -95,12 +95,14 @@ class RetinaNetLossHead(LossHead, RetinaNetHead):
 
         rows = rows_where(foreground.flatten())
         deltas = head_outputs["bbox_regression"].flatten(0, 1)[rows]
-        anchor = torch.stack(anchors).flatten(0, 1)[rows]
+        deltas = deltas.to(compute_dtype(deltas.dtype))
+        # Mixed precision makes anchors of half precision.
+        anchor = torch.stack(anchors).flatten(0, 1)[rows].to(deltas.dtype)
         boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
         coder: BoxCoder = self.stock.regression_head.box_coder
         regression = box_losses(
             self.loss,
-            deltas.to(compute_dtype(deltas.dtype)),
+            deltas,
             torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor),
             (foreground * factor).flatten()[rows],
             encode=partial(coder.encode_single, proposals=anchor),
