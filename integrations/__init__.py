@@ -10,56 +10,53 @@ from torch import Tensor, nn
 
 from detseg_losses.spec import LossSum
 
-ADAPTERS = {
-    "torchvision.models.detection.faster_rcnn.FasterRCNN": "torchvision_rcnn",
-    "torchvision.models.detection.retinanet.RetinaNet": "torchvision_retinanet",
-    "torchvision.models.segmentation.deeplabv3.DeepLabV3": "torchvision_segmentation",
-    "torchvision.models.segmentation.fcn.FCN": "torchvision_segmentation",
-    "torchvision.models.segmentation.lraspp.LRASPP": "torchvision_segmentation",
-    "segmentation_models_pytorch.base.model.SegmentationModel": "smp",
-    **{
-        f"transformers.models.{name}ForSemanticSegmentation": "transformers_segmentation"
-        for name in (
-            "beit.modeling_beit.Beit",
-            "data2vec.modeling_data2vec_vision.Data2VecVision",
-            "dpt.modeling_dpt.DPT",
-            "mobilenet_v2.modeling_mobilenet_v2.MobileNetV2",
-            "mobilevit.modeling_mobilevit.MobileViT",
-            "mobilevitv2.modeling_mobilevitv2.MobileViTV2",
-            "sapiens2.modeling_sapiens2.Sapiens2",
-            "segformer.modeling_segformer.Segformer",
-            "tipsv2_dpt.modeling_tipsv2_dpt.Tipsv2Dpt",
-            "upernet.modeling_upernet.UperNet",
-        )
-    },
-    **{
-        f"transformers.models.{name}": "transformers_detection"
-        for name in (
-            "conditional_detr.modeling_conditional_detr.ConditionalDetrForObjectDetection",
-            "conditional_detr.modeling_conditional_detr.ConditionalDetrForSegmentation",
-            "d_fine.modeling_d_fine.DFineForObjectDetection",
-            "dab_detr.modeling_dab_detr.DabDetrForObjectDetection",
-            "deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection",
-            "deimv2.modeling_deimv2.Deimv2ForObjectDetection",
-            "detr.modeling_detr.DetrForObjectDetection",
-            "detr.modeling_detr.DetrForSegmentation",
-            "lw_detr.modeling_lw_detr.LwDetrForObjectDetection",
-            "rf_detr.modeling_rf_detr.RfDetrForObjectDetection",
-            "rt_detr.modeling_rt_detr.RTDetrForObjectDetection",
-            "rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection",
-            "table_transformer.modeling_table_transformer.TableTransformerForObjectDetection",
-            "yolos.modeling_yolos.YolosForObjectDetection",
-        )
-    },
-    **{
-        f"transformers.models.{name}": "transformers_masks"
-        for name in (
-            "mask2former.modeling_mask2former.Mask2FormerForUniversalSegmentation",
-            "maskformer.modeling_maskformer.MaskFormerForInstanceSegmentation",
-        )
-    },
-    "ultralytics.nn.tasks.DetectionModel": "yolo",
+_ADAPTED = {
+    "smp": ["segmentation_models_pytorch.base.model.SegmentationModel"],
+    "torchvision_fcos": ["torchvision.models.detection.fcos.FCOS"],
+    "torchvision_rcnn": ["torchvision.models.detection.faster_rcnn.FasterRCNN"],
+    "torchvision_retinanet": ["torchvision.models.detection.retinanet.RetinaNet"],
+    "torchvision_segmentation": [
+        "torchvision.models.segmentation.deeplabv3.DeepLabV3",
+        "torchvision.models.segmentation.fcn.FCN",
+        "torchvision.models.segmentation.lraspp.LRASPP",
+    ],
+    "torchvision_ssd": ["torchvision.models.detection.ssd.SSD"],
+    "transformers_detection": [
+        "transformers.models.conditional_detr.modeling_conditional_detr.ConditionalDetrForObjectDetection",
+        "transformers.models.conditional_detr.modeling_conditional_detr.ConditionalDetrForSegmentation",
+        "transformers.models.d_fine.modeling_d_fine.DFineForObjectDetection",
+        "transformers.models.dab_detr.modeling_dab_detr.DabDetrForObjectDetection",
+        "transformers.models.deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection",
+        "transformers.models.deimv2.modeling_deimv2.Deimv2ForObjectDetection",
+        "transformers.models.detr.modeling_detr.DetrForObjectDetection",
+        "transformers.models.detr.modeling_detr.DetrForSegmentation",
+        "transformers.models.lw_detr.modeling_lw_detr.LwDetrForObjectDetection",
+        "transformers.models.rf_detr.modeling_rf_detr.RfDetrForObjectDetection",
+        "transformers.models.rt_detr.modeling_rt_detr.RTDetrForObjectDetection",
+        "transformers.models.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection",
+        "transformers.models.table_transformer.modeling_table_transformer.TableTransformerForObjectDetection",
+        "transformers.models.yolos.modeling_yolos.YolosForObjectDetection",
+    ],
+    "transformers_masks": [
+        "transformers.models.mask2former.modeling_mask2former.Mask2FormerForUniversalSegmentation",
+        "transformers.models.maskformer.modeling_maskformer.MaskFormerForInstanceSegmentation",
+    ],
+    "transformers_segmentation": [
+        "transformers.models.beit.modeling_beit.BeitForSemanticSegmentation",
+        "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionForSemanticSegmentation",
+        "transformers.models.dpt.modeling_dpt.DPTForSemanticSegmentation",
+        "transformers.models.mobilenet_v2.modeling_mobilenet_v2.MobileNetV2ForSemanticSegmentation",
+        "transformers.models.mobilevit.modeling_mobilevit.MobileViTForSemanticSegmentation",
+        "transformers.models.mobilevitv2.modeling_mobilevitv2.MobileViTV2ForSemanticSegmentation",
+        "transformers.models.sapiens2.modeling_sapiens2.Sapiens2ForSemanticSegmentation",
+        "transformers.models.segformer.modeling_segformer.SegformerForSemanticSegmentation",
+        "transformers.models.tipsv2_dpt.modeling_tipsv2_dpt.Tipsv2DptForSemanticSegmentation",
+        "transformers.models.upernet.modeling_upernet.UperNetForSemanticSegmentation",
+    ],
+    "yolo": ["ultralytics.nn.tasks.DetectionModel"],
 }
+
+ADAPTERS = {model: name for name, models in _ADAPTED.items() for model in models}
 """The file that adapts each model class, and what is derived from it."""
 
 Model = TypeVar("Model", bound=nn.Module)

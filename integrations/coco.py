@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -22,6 +22,8 @@ from detseg_losses.integrations.samples import (
     DataError,
     DetectionData,
     DetectionRecord,
+    DetectionSample,
+    Extra,
     Fault,
     Faulty,
     ImageData,
@@ -65,10 +67,11 @@ class CocoDetection(DetectionData):
         images: the directory that its ``file_name`` entries are relative to.
         classes: keep only these classes, labelled in this order, and the images that hold any.
         faulty: ``"skip"`` what is faulty, or ``"refuse"`` to read data with any fault.
+        extra: ``"masks"`` or ``"keypoints"``: give those, too; an object without is faulty.
 
     Raises:
         DataError: the file is no COCO annotation file, a class is unknown, nothing usable is left,
-            or a fault was found and ``faulty="refuse"``.
+            no object has what ``extra`` asks for, or a fault was found and ``faulty="refuse"``.
     """
 
     def __init__(
@@ -78,11 +81,37 @@ class CocoDetection(DetectionData):
         *,
         classes: Sequence[str] | None = None,
         faulty: Faulty = "skip",
+        extra: Extra | None = None,
     ) -> None:
         faults: list[Fault] = []
-        names, self.category_ids, items = _read(annotations, images, classes, faults, _parse_box)
-        records = [DetectionRecord(image, _objects(boxes)) for image, boxes in items]
-        super().__init__(records, names, faults, faulty)
+        parse = {None: _parse_box, "masks": _parse_outlined, "keypoints": _parse_pointed}[extra]
+        categories, items = _read(annotations, images, classes, faults, parse)
+        boxes = [box for _, found in items for box in found]
+        if extra is not None and not boxes:
+            raise DataError(f"{annotations}: there is no object with {extra}")
+        if extra == "keypoints":
+            self.mirrored = _mirrored(annotations, categories, boxes)
+        self.category_ids = [category["id"] for category in categories]
+        super().__init__(
+            [
+                DetectionRecord(image, _objects(found, extra, len(self.mirrored)))
+                for image, found in items
+            ],
+            [category["name"] for category in categories],
+            faults,
+            faulty,
+        )
+
+    def __getitem__(self, index: int) -> DetectionSample:
+        sample = super().__getitem__(index)
+        outlines = self._records[index].objects.segmentations
+        if outlines is not None:
+            height, width = sample.image.shape[:2]
+            masks = np.zeros((len(outlines), height, width), np.uint8)
+            for mask, outline in zip(masks, outlines, strict=True):
+                mask[:] = rle.decode(_encode(outline, height, width))
+            sample.masks = masks
+        return sample
 
 
 @dataclass(frozen=True)
@@ -91,6 +120,8 @@ class _Box:
     label: int
     area: float
     crowd: bool
+    segmentation: Any = None
+    keypoints: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +157,8 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
         faulty: Faulty = "skip",
     ) -> None:
         faults: list[Fault] = []
-        names, _, items = _read(annotations, images, classes, faults, _parse_region)
+        categories, items = _read(annotations, images, classes, faults, _parse_region)
+        names = [category["name"] for category in categories]
         records = [_RegionRecord(image, regions) for image, regions in items]
         if len(names) >= VOID:
             raise DataError(f"{annotations}: {len(names)} classes do not fit into a mask of bytes")
@@ -147,15 +179,20 @@ def _draw(regions: list[_Region], height: int, width: int) -> NDArray[np.uint8]:
     mask = np.zeros((height, width), np.uint8)
     encoded = []
     for region in regions:
-        part = region.segmentation
-        if isinstance(part, list):
-            part = rle.merge(rle.frPyObjects(part, height, width))
-        elif isinstance(part["counts"], list):
-            part = rle.frPyObjects(part, height, width)
+        part = _encode(region.segmentation, height, width)
         encoded.append((not region.crowd, -int(rle.area(part)), region, part))
     for _, _, region, part in sorted(encoded, key=lambda entry: entry[:2]):
         mask[rle.decode(part).astype(bool)] = VOID if region.crowd else region.label + 1
     return mask
+
+
+def _encode(segmentation: Any, height: int, width: int) -> Any:
+    """Polygons or any RLE as compressed RLE."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return rle.frPyObjects(segmentation, height, width)
+    return segmentation
 
 
 def _parse_box(
@@ -197,13 +234,60 @@ def _parse_region(
     return _Region(segmentation, label, bool(annotation.get("iscrowd", 0)))
 
 
-def _objects(boxes: list[_Box]) -> Objects:
+def _parse_outlined(
+    annotation: dict[str, Any], label: int, image: dict[str, Any], report: Report
+) -> _Box | None:
+    box = _parse_box(annotation, label, image, report)
+    region = _parse_region(annotation, label, image, report)
+    return replace(box, segmentation=region.segmentation) if box and region else None
+
+
+def _parse_pointed(
+    annotation: dict[str, Any], label: int, image: dict[str, Any], report: Report
+) -> _Box | None:
+    box = _parse_box(annotation, label, image, report)
+    points = annotation.get("keypoints")
+    if not points:
+        report("object has no keypoints", None)
+        return None
+    if not _are_numbers(points) or len(points) % 3:
+        report("keypoints are not numbers x, y, v of each", points)
+        return None
+    return replace(box, keypoints=points) if box else None
+
+
+def _mirrored(file: Path, categories: list[dict[str, Any]], boxes: list[_Box]) -> list[int]:
+    """Which keypoint becomes which in a mirror, by the names that a category gives to them."""
+    lengths = {len(box.keypoints) // 3 for box in boxes}
+    if len(lengths) > 1:
+        raise DataError(
+            f"{file}: objects have {' or '.join(map(str, sorted(lengths)))} keypoints; choose "
+            "classes that have the same"
+        )
+    (number,) = lengths
+    names: list[str] = categories[0].get("keypoints") or []
+    if len(names) != number:
+        return list(range(number))
+    swapped = [_OTHER_SIDE.sub(lambda side: _SIDES[side[0]], name) for name in names]
+    return [names.index(o) if o in names else i for i, o in enumerate(swapped)]
+
+
+_SIDES = {"left": "right", "right": "left"}
+_OTHER_SIDE = re.compile("left|right")
+
+
+def _objects(boxes: list[_Box], extra: Extra | None, points: int) -> Objects:
+    keypoints = None
+    if extra == "keypoints":
+        keypoints = np.array([box.keypoints for box in boxes], np.float32).reshape(-1, points, 3)
     return Objects(
         boxes=np.array([box.bbox for box in boxes], np.float64).reshape(-1, 4),
         labels=np.array([box.label for box in boxes], np.int64),
         areas=np.array([box.area for box in boxes], np.float64),
         crowd=np.array([box.crowd for box in boxes], np.bool_),
         difficult=np.zeros(len(boxes), np.bool_),
+        segmentations=[box.segmentation for box in boxes] if extra == "masks" else None,
+        keypoints=keypoints,
     )
 
 
@@ -213,8 +297,8 @@ def _read(
     classes: Sequence[str] | None,
     faults: list[Fault],
     parse: Callable[[dict[str, Any], int, dict[str, Any], Report], ItemT | None],
-) -> tuple[list[str], list[int], list[tuple[ImageFile, list[ItemT]]]]:
-    """Class names, category ids, and the usable images with what ``parse`` made of the objects."""
+) -> tuple[list[dict[str, Any]], list[tuple[ImageFile, list[ItemT]]]]:
+    """The categories, and the usable images with what ``parse`` made of the objects."""
     content = load_annotations(file)
     by_id = category_names(content["categories"])
     known_ids = sorted(by_id)
@@ -255,7 +339,8 @@ def _read(
             faults.append(Fault(file, index, reason, f"{path}: {size[0]}x{size[1]} for {stated}"))
             continue
         usable.append((ImageFile(entry["id"], entry["file_name"], path, *size), found))
-    return [known_names[i] for i in chosen], category_ids, usable
+    by_category = {category["id"]: category for category in content["categories"]}
+    return [by_category[i] | {"name": by_id[i]} for i in category_ids], usable
 
 
 def _are_numbers(values: object, length: int | None = None) -> TypeGuard[list[float]]:
@@ -266,22 +351,24 @@ def _are_numbers(values: object, length: int | None = None) -> TypeGuard[list[fl
     )
 
 
-def coco_splits(root: Path) -> list[str]:
+def coco_splits(root: Path, extra: Extra | None = None) -> list[str]:
     """The splits of a data set in one of the layouts that :func:`find_coco` knows, sorted."""
-    return sorted(_annotation_files(root))
+    return sorted(_annotation_files(root, extra))
 
 
-def find_coco(root: Path, split: str) -> tuple[Path, Path]:
+def find_coco(root: Path, split: str, extra: Extra | None = None) -> tuple[Path, Path]:
     """The annotation file and the image directory of a split.
 
     Known layouts: ``annotations/instances_<split>.json`` with the images in ``<split>/``,
     ``images/<split>/`` or ``images/``; and ``<split>/_annotations.coco.json`` beside its images.
     ``train`` also finds ``train2017``, where that is the only split of the form ``train<year>``.
+    For ``"keypoints"`` the file ``annotations/person_keypoints_<split>.json``, where there is one,
+    stands for that of the instances.
 
     Raises:
         DataError: there is no such split (those that exist are named), or no image directory.
     """
-    files = _annotation_files(root)
+    files = _annotation_files(root, extra)
     if split not in files:
         dated = [name for name in files if re.fullmatch(re.escape(split) + r"\d+", name)]
         if len(dated) != 1:
@@ -303,10 +390,11 @@ def find_coco(root: Path, split: str) -> tuple[Path, Path]:
     )
 
 
-def _annotation_files(root: Path) -> dict[str, Path]:
+def _annotation_files(root: Path, extra: Extra | None = None) -> dict[str, Path]:
     files = {f.parent.name: f for f in root.glob("*/_annotations.coco.json")}
-    for file in (root / "annotations").glob("instances_*.json"):
-        files[file.stem.removeprefix("instances_")] = file
+    for prefix in ("instances_", "person_keypoints_") if extra == "keypoints" else ("instances_",):
+        for file in (root / "annotations").glob(f"{prefix}*.json"):
+            files[file.stem.removeprefix(prefix)] = file
     return files
 
 

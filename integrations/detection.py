@@ -6,10 +6,10 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detseg_losses.base import LOSSES, Kind, Loss, check_choice, processes, world_sum
 from detseg_losses.pixels import PixelLoss
@@ -130,6 +130,39 @@ def _counterpart(term: Loss, owner: str) -> Loss:
 def terms_of(loss: LossSum, kinds: tuple[Kind, ...]) -> list[tuple[str, Loss]]:
     """The terms that can be given one of these kinds of input, with their names."""
     return [(name, term) for name, _, term in loss.items() if set(term.kinds) & set(kinds)]
+
+
+class LossHead(nn.Module):
+    """Stands in for the head of a model: its submodules, its outputs, other losses.
+
+    To be inherited before the class of the head.
+
+    Args:
+        head: the head, whose submodules are shared.
+        loss: what to compute.
+        normalizer: what the sums over anchors are divided by.
+    """
+
+    def __init__(self, head: nn.Module, loss: LossSum, normalizer: Normalizer) -> None:
+        nn.Module.__init__(self)
+        for name, child in head.named_children():
+            self.add_module(name, child)
+        self.loss = loss
+        self.normalizer = normalizer
+        self._stock = (head,)  # in a tuple, so that its parameters are not registered twice
+        self.train(head.training)
+
+    @property
+    def stock(self) -> Any:
+        """The head that this one stands in for."""
+        return self._stock[0]
+
+    def train(self, mode: bool = True) -> LossHead:
+        self.stock.train(mode)
+        return super().train(mode)
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        return self.stock(x)
 
 
 def factor_of_images(foreground: Tensor, normalizer: Normalizer) -> Tensor:

@@ -24,6 +24,9 @@ VOID = 255
 
 Faulty = Literal["skip", "refuse"]
 
+Extra = Literal["masks", "keypoints"]
+"""What a detector can want to know of its objects beside boxes and labels."""
+
 
 class DataError(ValueError):
     """A fault of the user's data or of what was asked of it, with the remedy in the message."""
@@ -72,6 +75,10 @@ class DetectionSample:
         ignored: ``(N,)`` bool: crowds and VOC's difficult objects, to be left out of training;
             the metric counts them neither as found nor as missed.
         image_id: the id of the image in :meth:`DetectionData.ground_truth`.
+        masks: ``(N, H, W)`` uint8, 1 on the object and 0 elsewhere; None where they were not asked
+            for.
+        keypoints: ``(N, K, 3)`` float32, x, y in pixels and 0 (not labelled), 1 (hidden) or 2;
+            None where they were not asked for.
     """
 
     image: NDArray[np.uint8]
@@ -79,6 +86,8 @@ class DetectionSample:
     labels: NDArray[np.int64]
     ignored: NDArray[np.bool_]
     image_id: int
+    masks: NDArray[np.uint8] | None = None
+    keypoints: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -119,6 +128,8 @@ class Objects:
         areas: ``(N,)`` float64, px^2.
         crowd: ``(N,)`` bool.
         difficult: ``(N,)`` bool.
+        segmentations: polygons or RLE of each, as in the file; None where they were not asked for.
+        keypoints: ``(N, K, 3)`` float32; None where they were not asked for.
     """
 
     boxes: NDArray[np.float64]
@@ -126,6 +137,8 @@ class Objects:
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
     difficult: NDArray[np.bool_]
+    segmentations: Sequence[Any] | None = None
+    keypoints: NDArray[np.float32] | None = None
 
 
 class _Record(Protocol):
@@ -205,9 +218,12 @@ class DetectionData(ImageData[DetectionRecord, DetectionSample]):
 
     Attributes:
         category_ids: the data set's own id of each label, for predictions that go back to it.
+        mirrored: which keypoint each keypoint becomes in a mirror, such as the left eye the right
+            one; empty where there are no keypoints.
     """
 
     category_ids: list[int]
+    mirrored: Sequence[int] = ()
 
     def __getitem__(self, index: int) -> DetectionSample:
         record = self._records[index]
@@ -220,6 +236,7 @@ class DetectionData(ImageData[DetectionRecord, DetectionSample]):
             labels=objects.labels.copy(),
             ignored=objects.crowd | objects.difficult,
             image_id=record.image.id,
+            keypoints=objects.keypoints,
         )
 
     def ground_truth(self) -> dict[str, Any]:

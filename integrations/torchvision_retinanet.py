@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 
 from detseg_losses.base import compute_dtype, rows_where
 from detseg_losses.integrations.detection import (
+    LossHead,
     Normalizer,
     Roles,
     box_losses,
@@ -21,7 +22,6 @@ from detseg_losses.integrations.detection import (
     terms_of,
     total,
 )
-from detseg_losses.spec import LossSum
 
 ROLES: Roles = {
     "classification": ("classification",),
@@ -66,35 +66,8 @@ def restore_losses(model: RetinaNet) -> RetinaNet:
     return model
 
 
-class RetinaNetLossHead(RetinaNetHead):
-    """Stands in for a head: its sub-heads, its outputs, other losses.
-
-    Args:
-        head: the head, whose submodules are shared.
-        loss: what to compute.
-        normalizer: see :func:`use_losses`.
-    """
-
-    def __init__(self, head: RetinaNetHead, loss: LossSum, normalizer: Normalizer) -> None:
-        nn.Module.__init__(self)
-        for name, child in head.named_children():
-            self.add_module(name, child)
-        self.loss = loss
-        self.normalizer = normalizer
-        self._stock = (head,)  # in a tuple, so that its parameters are not registered twice
-        self.train(head.training)
-
-    @property
-    def stock(self) -> RetinaNetHead:
-        """The head that this one stands in for."""
-        return self._stock[0]
-
-    def train(self, mode: bool = True) -> RetinaNetLossHead:
-        self.stock.train(mode)
-        return super().train(mode)
-
-    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
-        return self.stock(x)
+class RetinaNetLossHead(LossHead, RetinaNetHead):
+    """Stands in for a head, see :class:`LossHead`."""
 
     def compute_loss(
         self,
@@ -122,12 +95,14 @@ class RetinaNetLossHead(RetinaNetHead):
 
         rows = rows_where(foreground.flatten())
         deltas = head_outputs["bbox_regression"].flatten(0, 1)[rows]
-        anchor = torch.stack(anchors).flatten(0, 1)[rows]
+        deltas = deltas.to(compute_dtype(deltas.dtype))
+        # Mixed precision makes anchors of half precision.
+        anchor = torch.stack(anchors).flatten(0, 1)[rows].to(deltas.dtype)
         boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
         coder: BoxCoder = self.stock.regression_head.box_coder
         regression = box_losses(
             self.loss,
-            deltas.to(compute_dtype(deltas.dtype)),
+            deltas,
             torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor),
             (foreground * factor).flatten()[rows],
             encode=partial(coder.encode_single, proposals=anchor),

@@ -617,3 +617,91 @@ def test_results_file(tmp_path: Path) -> None:
 def test_a_label_without_category_is_refused() -> None:
     with pytest.raises(ValueError, match="label -1 is outside"):
         to_results(1, torch.zeros(1, 4), torch.ones(1), torch.tensor([-1]), [3, 90])
+
+
+def test_masks_are_the_polygons_and_the_rle_of_the_file(tmp_path: Path) -> None:
+    data = CocoDetection(*write(tmp_path, tiny()), extra="masks")
+    sample = data[1]
+    assert sample.masks is not None
+    assert sample.masks.shape == (3, 30, 40)
+    assert sample.masks.dtype == np.uint8
+    for mask, (x1, y1, x2, y2) in zip(sample.masks, sample.boxes.astype(int), strict=True):
+        expected = np.zeros((30, 40), np.uint8)
+        expected[y1:y2, x1:x2] = 1
+        np.testing.assert_array_equal(mask, expected)
+    empty = data[3].masks
+    assert empty is not None
+    assert empty.shape == (0, 30, 40)
+    assert CocoDetection(*write(tmp_path, tiny()))[1].masks is None
+
+
+def pointed() -> Json:
+    """The same, with two keypoints for each object."""
+    content = tiny()
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["keypoints"] = [number, 1.5, 2, 3, 4, 0]
+    for category in content["categories"]:
+        category["keypoints"] = ["left_ear", "right_ear"]
+    return content
+
+
+def test_keypoints_are_those_of_the_file(tmp_path: Path) -> None:
+    data = CocoDetection(*write(tmp_path, pointed()), extra="keypoints")
+    expected = [[[number, 1.5, 2], [3, 4, 0]] for number in range(3)]
+    np.testing.assert_array_equal(data[1].keypoints, expected)
+    assert data[1].keypoints.dtype == np.float32
+    assert data[3].keypoints.shape == (0, 2, 3)
+    assert data[1].masks is None
+    assert data.mirrored == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("names", "mirrored"),
+    [
+        (["nose", "left_eye", "right_eye"], [0, 2, 1]),
+        (["left", "middle", "top"], [0, 1, 2]),
+        (["left", "right"], [0, 1, 2]),  # not one for each
+        (None, [0, 1, 2]),
+    ],
+)
+def test_keypoints_in_a_mirror(
+    names: list[str] | None, mirrored: list[int], tmp_path: Path
+) -> None:
+    content = pointed()
+    for annotation in content["annotations"]:
+        annotation["keypoints"] += [0, 0, 0]
+    for category in content["categories"]:
+        category.pop("keypoints")
+        category |= {"keypoints": names} if names else {}
+    assert CocoDetection(*write(tmp_path, content), extra="keypoints").mirrored == mirrored
+
+
+def test_objects_without_what_is_to_be_learned_are_faults(tmp_path: Path) -> None:
+    content = pointed()
+    del content["annotations"][0]["keypoints"], content["annotations"][1]["segmentation"]
+    content["annotations"][3]["keypoints"] = [1, 2]
+    masks = CocoDetection(*write(tmp_path, content), extra="masks")
+    assert [fault.reason for fault in masks.faults] == ["object has no segmentation"]
+    assert len(masks[1].boxes) == 2
+    points = CocoDetection(*write(tmp_path, content), extra="keypoints")
+    assert [fault.reason for fault in points.faults] == [
+        "object has no keypoints",
+        "keypoints are not numbers x, y, v of each",
+    ]
+    with pytest.raises(DataError, match="there is no object with keypoints"):
+        CocoDetection(*write(tmp_path, tiny()), extra="keypoints")
+    content["annotations"][3]["keypoints"] = [1, 2, 2]
+    with pytest.raises(DataError, match="objects have 1 or 2 keypoints; choose classes"):
+        CocoDetection(*write(tmp_path, content), extra="keypoints")
+
+
+def test_keypoints_have_files_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for name in ("instances_val", "person_keypoints_val", "person_keypoints_train"):
+        (tmp_path / f"annotations/{name}.json").touch()
+    assert find_coco(tmp_path, "val")[0].name == "instances_val.json"
+    assert find_coco(tmp_path, "val", "masks")[0].name == "instances_val.json"
+    assert find_coco(tmp_path, "val", "keypoints")[0].name == "person_keypoints_val.json"
+    assert coco_splits(tmp_path) == ["val"]
+    assert coco_splits(tmp_path, "keypoints") == ["train", "val"]

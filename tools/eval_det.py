@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 
 from common.config import DetectionConfig, EvalDetectionConfig, from_dict, parse_evaluation
 from common.data import load_data
-from common.detectors import build_detector
+from common.detectors import build_detector, extra_of
 from common.errors import UsageError, usage_errors
 from common.evaluate import check_classes, detect
 from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
@@ -52,7 +52,7 @@ def _detect(
     """The ground truth and what the detector of the checkpoint finds."""
     run = from_dict(DetectionConfig, checkpoint["config"])
     fabric = Fabric(devices=1, precision=run.train.precision)
-    data = load_data(config.data, "detection", "val", run.seed, print)
+    data = load_data(config.data, "detection", "val", run.seed, print, extra_of(run.model))
     check_classes(data, checkpoint["classes"])
     detector = build_detector(run.model, config.data, data.classes, run.seed)
     use_losses(detector, run.loss)

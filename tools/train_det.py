@@ -1,4 +1,4 @@
-"""Train a RetinaNet with the losses of your choice; judge it by COCO's average precision.
+"""Train a detector with the losses of your choice; judge it by COCO's average precision.
 
 Without further options it learns synthetic shapes, drawn on first use: no data is needed.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.checkpoint import load_checkpoint
 from common.config import DetectionConfig, parse_training
 from common.data import Batch, TrainingImages, load_data
-from common.detectors import build_detector, load_detector_weights
+from common.detectors import build_detector, check_keypoints, extra_of, load_detector_weights
 from common.engine import fit, start
 from common.errors import usage_errors
 from common.evaluate import check_classes, detect, evaluate_detector
@@ -25,9 +25,11 @@ def main() -> None:
     """Run the tool."""
     config = parse_training(DetectionConfig, __doc__)
     fabric, output = start(config)
-    train = load_data(config.data, "detection", "train", config.seed, fabric.print)
-    val = load_data(config.data, "detection", "val", config.seed, fabric.print)
+    extra = extra_of(config.model)
+    train = load_data(config.data, "detection", "train", config.seed, fabric.print, extra)
+    val = load_data(config.data, "detection", "val", config.seed, fabric.print, extra)
     check_classes(val, train.classes)
+    check_keypoints(config.model, train)
 
     detector = build_detector(config.model, config.data, train.classes, config.seed)
     if not config.resume:

@@ -99,7 +99,9 @@ class DetectorConfig:
     """Model.
 
     Args:
-        name: RetinaNet with a backbone of your choice, or torchvision's own complete models.
+        name: RetinaNet with a backbone of your choice, or torchvision's own complete models. SSD300
+            sees every image at 300 x 300 pixels, so that data.size=300 suits it. Mask R-CNN learns
+            masks and Keypoint R-CNN keypoints, too, from COCO's annotations; judged are the boxes.
         backbone: Backbone of retinanet; small is trained from scratch in a minute or two.
         weights: none, DEFAULT (the usual pretrained weights, downloaded), or a file with the state
             dict of a backbone or of a whole model, or a checkpoint of these tools.
@@ -107,9 +109,24 @@ class DetectorConfig:
             the first at stride 8); each comes in 3 scales and 3 proportions. By default
             16, 32, ... for retinanet, and torchvision's own for its complete models.
         fpn_channels: Width of the feature pyramid and of the heads of retinanet.
+        keypoints: How many keypoints an object has, for Keypoint R-CNN.
     """
 
-    name: Literal["retinanet", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"] = "retinanet"
+    name: Literal[
+        "retinanet",
+        "retinanet_resnet50_fpn",
+        "retinanet_resnet50_fpn_v2",
+        "fcos_resnet50_fpn",
+        "ssd300_vgg16",
+        "ssdlite320_mobilenet_v3_large",
+        "fasterrcnn_resnet50_fpn",
+        "fasterrcnn_resnet50_fpn_v2",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+        "maskrcnn_resnet50_fpn",
+        "maskrcnn_resnet50_fpn_v2",
+        "keypointrcnn_resnet50_fpn",
+    ] = "retinanet"
     backbone: Literal[
         "small",
         "resnet18",
@@ -122,6 +139,7 @@ class DetectorConfig:
     weights: str = "none"
     anchors: list[int] | None = None
     fpn_channels: PositiveInt = 64
+    keypoints: PositiveInt = 17
 
 
 @dataclass
@@ -159,7 +177,8 @@ class DetectionConfig:
     Args:
         loss: Sum of losses, such as "giou+focal" or "2*ciou + focal(gamma=1.5)"; weights can be
             learned, "learned*giou + learned*focal", or change over the steps, as in
-            "l1 + ramp(0, 1, steps=1000)*giou + focal".
+            "l1 + ramp(0, 1, steps=1000)*giou + focal". The stages of an R-CNN can have their own,
+            "rpn: giou+bce; roi: giou+ce".
         seed: Seed of the weights, the shuffling, the augmentation and the splits.
         output: Folder of the results, which must not hold an earlier run; by default the first free
             one of runs/det-1, runs/det-2, ...

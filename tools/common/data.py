@@ -37,6 +37,7 @@ from detseg_losses.integrations.samples import (
     VOID,
     DetectionData,
     DetectionSample,
+    Extra,
     ImageData,
     SegmentationSample,
     report_faults,
@@ -55,14 +56,29 @@ VALIDATION_FRACTION = 0.2
 
 @overload
 def load_data(
-    config: DataConfig, task: Literal["detection"], part: Part, seed: int, say: Say
+    config: DataConfig,
+    task: Literal["detection"],
+    part: Part,
+    seed: int,
+    say: Say,
+    extra: Extra | None = None,
 ) -> DetectionData: ...
 @overload
 def load_data(
     config: DataConfig, task: Literal["segmentation"], part: Part, seed: int, say: Say
 ) -> Data: ...
-def load_data(config: DataConfig, task: Task, part: Part, seed: int, say: Say) -> Data:
+def load_data(
+    config: DataConfig,
+    task: Task,
+    part: Part,
+    seed: int,
+    say: Say,
+    extra: Extra | None = None,
+) -> Data:
     """Return the training or the validation data; ``say`` what was found and done.
+
+    ``extra`` is what a detector learns beside boxes; the validation data goes without, for it is
+    the boxes that are judged.
 
     Raises:
         UsageError, DataError: if the data cannot be had as configured.
@@ -74,8 +90,11 @@ def load_data(config: DataConfig, task: Task, part: Part, seed: int, say: Say) -
         root = make_shapes(root)
     elif not root.is_dir():
         raise UsageError(f"data.root {root} is not a folder")
-    if _lacks_validation(config, task, root):
-        data = _read(config, task, root, config.train_split)
+    if extra and config.format == "voc":
+        raise UsageError(f"data.format voc has no {extra}, which this model learns; take coco")
+    wanted = extra if part == "train" else None
+    if _lacks_validation(config, task, root, extra):
+        data = _read(config, task, root, config.train_split, extra, wanted)
         parts = split(data, VALIDATION_FRACTION, seed)
         chosen = parts[0] if part == "train" else parts[1]
         say(
@@ -84,7 +103,7 @@ def load_data(config: DataConfig, task: Task, part: Part, seed: int, say: Say) -
         )
     else:
         name = config.train_split if part == "train" else config.val_split
-        chosen = data = _read(config, task, root, name)
+        chosen = data = _read(config, task, root, name, extra, wanted)
     listed = config.train_list if part == "train" else config.val_list
     if listed is not None:
         chosen = select_listed(chosen, Path(listed).expanduser())
@@ -96,29 +115,40 @@ def load_data(config: DataConfig, task: Task, part: Part, seed: int, say: Say) -
     return chosen
 
 
-def _lacks_validation(config: DataConfig, task: Task, root: Path) -> bool:
+def _lacks_validation(config: DataConfig, task: Task, root: Path, extra: Extra | None) -> bool:
     """Whether the training split is the only one."""
-    splits = voc_splits(root, task) if config.format == "voc" else coco_splits(root)
+    splits = voc_splits(root, task) if config.format == "voc" else coco_splits(root, extra)
     return len(splits) == 1 and not re.fullmatch(rf"{re.escape(config.val_split)}\d*", splits[0])
 
 
-def _read(config: DataConfig, task: Task, root: Path, name: str) -> Data:
+def _read(
+    config: DataConfig,
+    task: Task,
+    root: Path,
+    name: str,
+    extra: Extra | None,
+    wanted: Extra | None,
+) -> Data:
+    """Read a split, from the files that hold ``extra``; with what is ``wanted`` of it."""
     if config.format == "voc" and task == "detection":
         return VocDetection(root, name, classes=config.classes, faulty=config.faults)
     if config.format == "voc":
         if config.classes is not None:
             raise UsageError("data.classes does not apply to VOC masks, which show every class")
         return VocSegmentation(root, name, faulty=config.faults)
-    reader = CocoDetection if task == "detection" else CocoSegmentation
-    return reader(*find_coco(root, name), classes=config.classes, faulty=config.faults)
+    files = find_coco(root, name, extra)
+    if task == "detection":
+        return CocoDetection(*files, classes=config.classes, faulty=config.faults, extra=wanted)
+    return CocoSegmentation(*files, classes=config.classes, faulty=config.faults)
 
 
 class TrainingImages(Dataset[Batch]):
     """Augmented images with their targets, addressed by ``(epoch, index)``.
 
     A detection item has ``image`` (3, H, W) uint8 and ``target``, torchvision's dict of ``boxes``
-    (N, 4) XYXY in pixels and ``labels`` (N,) from 1; a segmentation item has ``image`` and ``mask``
-    (H, W), whose padding is void.
+    (N, 4) XYXY in pixels and ``labels`` (N,) from 1, and where the data has them ``masks``
+    (N, H, W) of 0 and 1 or ``keypoints`` (N, K, 3) of x, y and visibility; a segmentation item has
+    ``image`` and ``mask`` (H, W), whose padding is void.
 
     Args:
         data: what a reader gives.
@@ -130,6 +160,7 @@ class TrainingImages(Dataset[Batch]):
         self.data = data
         self.seed = seed
         self.transform = _training_transform(config)
+        self.mirrored = list(data.mirrored) if isinstance(data, DetectionData) else []
 
     def __len__(self) -> int:
         return len(self.data)
@@ -140,16 +171,42 @@ class TrainingImages(Dataset[Batch]):
         self.transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         sample: DetectionSample | SegmentationSample = self.data[index]
         if isinstance(sample, SegmentationSample):
-            out = self.transform(image=sample.image, mask=sample.mask, bboxes=[], labels=[])
+            out = self.transform(image=sample.image, mask=sample.mask, bboxes=[], rows=[])
             return {"image": _to_tensor(out["image"]), "mask": torch.from_numpy(out["mask"])}
-        kept = ~sample.ignored
-        out = self.transform(
-            image=sample.image, bboxes=sample.boxes[kept], labels=sample.labels[kept]
-        )
+        kept = np.flatnonzero(~sample.ignored)
+        given: dict[str, Any] = {"bboxes": sample.boxes[kept], "rows": kept}
+        if sample.masks is not None:
+            # At least one, or albumentations has nothing to stack.
+            given["masks"] = np.pad(sample.masks, ((0, not len(sample.masks)), (0, 0), (0, 0)))
+        if sample.keypoints is not None:
+            points = sample.keypoints[..., :2].reshape(-1, 2)
+            given["keypoints"] = np.concatenate((points, [(0, 0), (1, 0)]))
+        out = self.transform(image=sample.image, **given)
+        rows = np.asarray(out["rows"], np.int64)
         boxes = np.asarray(out["bboxes"], np.float32).reshape(-1, 4)
-        labels = np.asarray(out["labels"], np.int64) + 1
+        labels = sample.labels[rows] + 1
         target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+        if sample.masks is not None:
+            masks = np.asarray(out["masks"])[rows] == 1  # the padding is void
+            target["masks"] = torch.from_numpy(masks.astype(np.uint8))
+        if sample.keypoints is not None:
+            points = self._keypoints(sample.keypoints, out["keypoints"], out["image"].shape[:2])
+            target["keypoints"] = torch.from_numpy(points[rows])
         return {"image": _to_tensor(out["image"]), "target": target}
+
+    def _keypoints(
+        self, old: NDArray[np.float32], moved: NDArray[np.float32], size: tuple[int, int]
+    ) -> NDArray[np.float32]:
+        """Keypoints ``(N, K, 3)`` where they are now; in a mirror left and right change places."""
+        moved = np.asarray(moved, np.float32)[:, :2]
+        new = np.concatenate((moved[:-2].reshape(old[..., :2].shape), old[..., 2:]), -1)
+        origin, right = moved[-2:, 0]
+        if right < origin:
+            new = new[:, self.mirrored]
+            new[..., 0] += 1  # albumentations mirrors the centres of pixels, not their borders
+        outside = ((new[..., :2] < 0) | (new[..., :2] >= size[::-1])).any(-1)
+        new[outside, 2] = 0
+        return new
 
 
 def _training_transform(config: DataConfig) -> A.Compose:
@@ -163,7 +220,7 @@ def _training_transform(config: DataConfig) -> A.Compose:
     looks = [A.HorizontalFlip(), A.ColorJitter(0.2, 0.2, 0.2, 0.02)]
     boxes = A.BboxParams(
         "pascal_voc",
-        label_fields=["labels"],
+        label_fields=["rows"],
         clip=True,
         min_width=1,
         min_height=1,
@@ -171,7 +228,12 @@ def _training_transform(config: DataConfig) -> A.Compose:
     )
     steps = [fit, *random_size, *placed, *looks] if config.augment else [fit, *placed]
     # cv2's plain nearest neighbour shifts masks by up to half a pixel.
-    return A.Compose(steps, bbox_params=boxes, mask_interpolation=cv2.INTER_NEAREST_EXACT)
+    return A.Compose(
+        steps,
+        bbox_params=boxes,
+        keypoint_params=A.KeypointParams("xy", remove_invisible=False),
+        mask_interpolation=cv2.INTER_NEAREST_EXACT,
+    )
 
 
 def _padding(config: DataConfig) -> tuple[int, ...]:

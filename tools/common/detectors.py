@@ -1,4 +1,4 @@
-"""Building RetinaNet detectors."""
+"""Building detectors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 from torchvision import models as tv
-from torchvision.models.detection import (
-    RetinaNet,
-    RetinaNet_ResNet50_FPN_V2_Weights,
-    RetinaNet_ResNet50_FPN_Weights,
-    retinanet_resnet50_fpn,
-    retinanet_resnet50_fpn_v2,
-)
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -28,6 +22,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from common.config import DataConfig, DetectorConfig
 from common.errors import UsageError
 from common.weights import load_file, load_matching
+from detseg_losses.integrations.samples import DetectionData, Extra
 
 _BACKBONES = {
     "resnet18": (tv.resnet18, tv.ResNet18_Weights.DEFAULT, ("layer2", "layer3", "layer4")),
@@ -47,13 +42,6 @@ _BACKBONES = {
         tv.shufflenet_v2_x1_0,
         tv.ShuffleNet_V2_X1_0_Weights.DEFAULT,
         ("stage2", "stage3", "stage4"),
-    ),
-}
-_COMPLETE = {
-    "retinanet_resnet50_fpn": (retinanet_resnet50_fpn, RetinaNet_ResNet50_FPN_Weights.DEFAULT),
-    "retinanet_resnet50_fpn_v2": (
-        retinanet_resnet50_fpn_v2,
-        RetinaNet_ResNet50_FPN_V2_Weights.DEFAULT,
     ),
 }
 _group_norm = partial(nn.GroupNorm, 8)
@@ -90,24 +78,44 @@ class MaxPoolLevels(ExtraFPNBlock):
         return results, names
 
 
+def extra_of(model: DetectorConfig) -> Extra | None:
+    """What a detector learns beside boxes and labels."""
+    extras: dict[str, Extra] = {"maskrcnn": "masks", "keypointrcnn": "keypoints"}
+    return extras.get(model.name.partition("_")[0])
+
+
+def check_keypoints(model: DetectorConfig, data: DetectionData) -> None:
+    """Refuse training data whose objects have another number of keypoints than the detector.
+
+    Raises:
+        UsageError: naming both.
+    """
+    if extra_of(model) == "keypoints" and model.keypoints != len(data.mirrored):
+        raise UsageError(
+            f"model.keypoints is {model.keypoints}, and the objects have {len(data.mirrored)}"
+        )
+
+
 def build_detector(
     model: DetectorConfig, data: DataConfig, classes: Sequence[str], seed: int
-) -> RetinaNet:
-    """Return a RetinaNet for ``len(classes)`` classes, with labels from 1 as torchvision counts.
+) -> nn.Module:
+    """Return a detector for ``len(classes)`` classes, with labels from 1 as torchvision counts.
 
-    Its inputs are images between 0 and 1 of any size, which it normalises but does not resize.
-    The weights are random, by ``seed``: see :func:`load_detector_weights`.
+    Its inputs are images between 0 and 1 of any size, which it normalises but does not resize,
+    except for SSD300, whose layers fit one size only. The weights are random, by ``seed``: see
+    :func:`load_detector_weights`.
 
     Raises:
         UsageError: if options of ``model`` do not fit together.
     """
     torch.manual_seed(seed)
     num_classes = len(classes) + 1  # torchvision leaves label 0 to the background
-    if model.name in _COMPLETE:
+    if model.name != "retinanet":
         if model.anchors is not None:
             raise UsageError(f"model.anchors does not apply to {model.name}, which has its own")
-        detector = _COMPLETE[model.name][0](
-            weights=None, weights_backbone=None, num_classes=num_classes
+        options = {"num_keypoints": model.keypoints} if extra_of(model) == "keypoints" else {}
+        detector = tv.get_model(
+            model.name, weights=None, weights_backbone=None, num_classes=num_classes, **options
         )
     else:
         anchors = model.anchors or [16, 32, 64, 128]
@@ -129,7 +137,10 @@ def build_detector(
             ),
             detections_per_img=100,  # as many as COCO's AP looks at
         )
-    detector.transform = NormalizeOnly(0, 0, data.mean, data.std)
+    if model.name == "ssd300_vgg16":
+        detector.transform.image_mean, detector.transform.image_std = data.mean, data.std
+    else:
+        detector.transform = NormalizeOnly(0, 0, data.mean, data.std)
     return detector
 
 
@@ -192,7 +203,7 @@ def _stage_channels(body: nn.Module, stages: Sequence[str]) -> list[int]:
     return channels
 
 
-def load_detector_weights(detector: RetinaNet, model: DetectorConfig, classes: list[str]) -> str:
+def load_detector_weights(detector: nn.Module, model: DetectorConfig, classes: list[str]) -> str:
     """Load what ``model.weights`` names, and return a line that says what was loaded.
 
     Raises:
@@ -202,8 +213,8 @@ def load_detector_weights(detector: RetinaNet, model: DetectorConfig, classes: l
         return "weights: random"
     if model.weights != "DEFAULT":
         return load_file(detector, Path(model.weights), classes)
-    if model.name in _COMPLETE:
-        weights = _COMPLETE[model.name][1]
+    if model.name != "retinanet":
+        weights = tv.get_model_weights(model.name).DEFAULT
     elif model.backbone in _BACKBONES:
         weights = _BACKBONES[model.backbone][1]
     else:

@@ -79,12 +79,14 @@ def _select_coco_classes(
 ) -> None:
     """Reduce the outputs of a COCO detector to those of ``classes``, where it knows them all."""
     names: list[str] = RetinaNet_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
-    key = "head.classification_head.cls_logits"
-    if f"{key}.bias" not in state or f"{key}.bias" not in own or not {*classes} <= {*names}:
+    if not {*classes} <= {*names}:
         return
-    anchors = own[f"{key}.bias"].numel() // (len(classes) + 1)
-    if state[f"{key}.bias"].numel() == anchors * len(names):
-        rows = [0, *(names.index(name) for name in classes)]
-        for part in (f"{key}.weight", f"{key}.bias"):
-            outputs = state[part].unflatten(0, (anchors, len(names)))
-            state[part] = outputs[:, rows].flatten(0, 1)
+    rows = [0, *(names.index(name) for name in classes)]
+    for key, value in state.items():
+        each, rest = divmod(len(value), len(names)) if value.dim() else (0, 0)
+        if rest or not each or key not in own or len(own[key]) != each * len(rows):
+            continue
+        if "bbox_pred" in key:  # the offsets of one class after the other
+            state[key] = value.unflatten(0, (len(names), each))[rows].flatten(0, 1)
+        else:  # the classes of one anchor after the other
+            state[key] = value.unflatten(0, (each, len(names)))[:, rows].flatten(0, 1)

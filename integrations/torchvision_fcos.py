@@ -1,0 +1,171 @@
+"""Any losses in torchvision's FCOS."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxLinearCoder
+from torchvision.models.detection.fcos import FCOS, FCOSHead
+
+from detseg_losses.base import compute_dtype, divide, rows_where
+from detseg_losses.integrations.detection import (
+    LossHead,
+    Normalizer,
+    Roles,
+    box_losses,
+    detached,
+    factor_of_images,
+    of_matches,
+    read_losses,
+    terms_of,
+    total,
+)
+from detseg_losses.spec import LossSum
+
+ROLES: Roles = {
+    "classification": ("classification",),
+    "bbox_regression": ("boxes", "deltas"),
+}
+CENTERNESS: Roles = {"bbox_ctrness": ("classification",)}
+
+
+def use_losses(
+    model: FCOS, spec: str, *, centerness: str = "bce", normalizer: Normalizer = "batch"
+) -> FCOS:
+    """Let an FCOS train with other losses, in place.
+
+    Terms go by their kind: classification terms replace the focal loss, box terms (on decoded
+    boxes) and delta terms (on the distances to the four sides) the GIoU loss. A role without a
+    term keeps the model's own loss, with a warning. The centerness has a string of its own, for
+    classification terms would serve it, too. The dictionary that the model returns in training
+    keeps its keys, so does its ``state_dict``; ``model.head.loss.values`` and
+    ``model.head.centerness.values`` hold the value of each term.
+
+    Args:
+        model: any FCOS, before it is wrapped for several processes.
+        spec: a loss string, for example ``"giou + focal(gamma=1.5)"``.
+        centerness: a loss string of the centerness of positive anchors, a single logit that is to
+            predict a number between 0 and 1; by default torchvision's own cross entropy.
+        normalizer: the sums over anchors are divided by the number of positive anchors (at least
+            1): of the whole ``"batch"``, as torchvision does, but over all processes; or of each
+            ``"image"``, then averaged over the images, which under equal batch sizes is the same
+            for any number of processes or accumulated batches.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: on a string that cannot be read, a term that has no role here, or weights that
+            are not one for each class that the head counts.
+    """
+    loss = read_losses(spec, "FCOS", ROLES, normalizer)
+    loss.check_classes(model.head.classification_head.num_classes)
+    of_centerness = read_losses(centerness, "the centerness of FCOS", CENTERNESS, normalizer)
+    of_centerness.check_classes(1)
+    restore_losses(model)
+    model.head = FCOSLossHead(model.head, loss.adapt(model), of_centerness.adapt(model), normalizer)
+    return model
+
+
+def restore_losses(model: FCOS) -> FCOS:
+    """Give an FCOS back the head, and so the losses, that it came with; in place."""
+    if isinstance(model.head, FCOSLossHead):
+        model.head = model.head.stock
+    return model
+
+
+class FCOSLossHead(LossHead, FCOSHead):
+    """Stands in for a head, see :class:`LossHead`.
+
+    Args:
+        head: the head, whose submodules are shared.
+        loss: what to compute of classes and boxes.
+        centerness: what to compute of the centerness.
+        normalizer: see :func:`use_losses`.
+    """
+
+    def __init__(
+        self, head: FCOSHead, loss: LossSum, centerness: LossSum, normalizer: Normalizer
+    ) -> None:
+        super().__init__(head, loss, normalizer)
+        self.centerness = centerness
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """The losses of a batch, ``{"classification", "bbox_regression", "bbox_ctrness"}``.
+
+        Args:
+            targets: of each image ``boxes`` ``(G, 4)`` and ``labels`` ``(G,)``.
+            head_outputs: ``cls_logits`` ``(B, A, K)``, ``bbox_regression`` ``(B, A, 4)`` and
+                ``bbox_ctrness`` ``(B, A, 1)``.
+            anchors: of each image ``(A, 4)``.
+            matched_idxs: of each image ``(A,)``: which object, -1 none.
+        """
+        matched = torch.stack(matched_idxs)
+        foreground = matched >= 0
+        factor = factor_of_images(foreground, self.normalizer)
+        labels = torch.where(foreground, of_matches("labels", targets, matched_idxs), matched)
+        classification = {}
+        for name, term in terms_of(self.loss, ROLES["classification"]):
+            value = term(head_outputs["cls_logits"], labels, weight=factor, reduction="sum")
+            classification[name] = self.loss.weighted(name, value)
+
+        rows = rows_where(foreground.flatten())
+        deltas = head_outputs["bbox_regression"].flatten(0, 1)[rows]
+        deltas = deltas.to(compute_dtype(deltas.dtype))
+        # Mixed precision makes anchors of half precision.
+        anchor = torch.stack(anchors).flatten(0, 1)[rows].to(deltas.dtype)
+        boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
+        boxes = torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor)
+        factors = (foreground * factor).flatten()[rows]
+        coder: BoxLinearCoder = self.stock.box_coder
+        regression = box_losses(
+            self.loss,
+            deltas,
+            boxes,
+            factors,
+            encode=partial(coder.encode, anchor),
+            decode=partial(coder.decode, boxes=anchor),
+        )
+
+        logits = head_outputs["bbox_ctrness"].flatten(0, 1)[rows]
+        logits = logits.to(compute_dtype(logits.dtype))
+        aim = centerness_of(coder.encode(anchor, boxes)).to(logits.dtype).unsqueeze(-1)
+        centerness = {}
+        for name, _, term in self.centerness.items():
+            value = term(logits, aim, weight=factors, reduction="sum")
+            centerness[name] = self.centerness.weighted(name, value)
+
+        self.loss.values = detached(classification, regression)
+        self.centerness.values = detached(centerness)
+        losses = {
+            "classification": classification,
+            "bbox_regression": regression,
+            "bbox_ctrness": centerness,
+        }
+        stock = {}
+        if not all(losses.values()):
+            stock = self.stock.compute_loss(targets, head_outputs, anchors, matched_idxs)
+        return {key: total(values) if values else stock[key] for key, values in losses.items()}
+
+
+def centerness_of(distances: Tensor) -> Tensor:
+    r"""How near the middle of its box a point lies (Tian et al., FCOS, arXiv:1904.01355).
+
+    .. math:: \sqrt{\frac{\min(l, r)}{\max(l, r)} \cdot \frac{\min(t, b)}{\max(t, b)}}
+
+    Args:
+        distances: from the point to the sides of the box, left, top, right, bottom, ``(N, 4)``.
+
+    Returns:
+        ``(N,)``: 1 in the middle, 0 on the border and outside.
+    """
+    near, far = torch.stack(distances.split(2, -1)).aminmax(dim=0)
+    return divide(near.clamp(min=0), far).prod(-1).sqrt()
