@@ -154,8 +154,10 @@ class LossHead(nn.Module):
 
     @property
     def stock(self) -> Any:
-        """The head that this one stands in for."""
-        return self._stock[0]
+        """The head that this one stands in for, with the sub-heads that it has by now."""
+        (head,) = self._stock
+        head._modules.update({k: v for k, v in self._modules.items() if k in head._modules})
+        return head
 
     def train(self, mode: bool = True) -> LossHead:
         self.stock.train(mode)

@@ -111,6 +111,16 @@ def test_a_batch_without_any_object(images, targets):
     assert_equal(stock, ours)
 
 
+def test_a_sub_head_that_is_put_in_later_is_used(images, targets):
+    model = use_losses(small_retinanet(), "l1+focal")
+    other = RetinaNetHead(32, 3, CLASSES + 2).classification_head
+    model.head.classification_head = other
+    targets[0]["labels"][0] = CLASSES + 1
+    sum(model(images, targets).values()).backward()
+    assert all(parameter.grad is not None for parameter in other.parameters())
+    assert restore_losses(model).head.classification_head is other
+
+
 def test_undo_is_exact(images, targets):
     model = small_retinanet()
     head, keys = model.head, list(model.state_dict())
