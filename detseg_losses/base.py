@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,13 +18,12 @@ Reduction = Literal["none", "mean", "sum"]
 
 # Elements of one block on the CPU. A block and the handful of temporaries made from it stay in
 # the caches, so that a long chain of operations reads the logits from memory once.
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 
 # glibc's malloc returns the memory of a freed block to the system at once, and to be given it back
 # costs several times what a computation on it does. Once a chunk of nearly 32 MB (its limit) has
 # been freed, it keeps that much for reuse.
-KEPT_BY_MALLOC = 31 << 20
-torch.empty(KEPT_BY_MALLOC, dtype=torch.uint8)
+torch.empty(31 << 20, dtype=torch.uint8)
 
 
 Curve = Literal["linear", "cosine"]
@@ -270,23 +267,6 @@ def in_blocks(tensor: Tensor) -> bool:
     value would make the device wait.
     """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def empty_gradient(logits: Tensor) -> Tensor:
-    """Memory for the gradient of logits.
-
-    Linux is asked for huge pages where the memory is fresh: to be given that 4 KiB at a time takes
-    longer than to compute what is written there.
-    """
-    result = torch.empty_like(logits)
-    if sys.platform == "linux" and type(result) is Tensor and in_blocks(result):
-        size = result.nbytes
-        if size > KEPT_BY_MALLOC:
-            page = 1 << 12
-            start = -(-result.data_ptr() // page) * page
-            length = (result.data_ptr() + size - start) // page * page
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 14)
-    return result
 
 
 class Block(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import WHOLE, Block, blocks, compute_dtype, empty_gradient, has_graph, in_blocks, lazy
+from .base import WHOLE, Block, blocks, compute_dtype, has_graph, in_blocks, lazy
 from .layout import Batch, Part
 
 Label: TypeAlias = "Tensor | int"
@@ -51,23 +51,12 @@ class Sigmoid:
         self.differentiable = has_graph(x)
 
     @lazy
-    def e(self) -> Tensor:
-        """exp(x), held below infinity."""
-        return self.x.clamp(max=math.log(torch.finfo(self.x.dtype).max) - 8).exp_()
-
-    @lazy
-    def more(self) -> Tensor:
-        return self.e + 1
-
-    # With the cross entropy of a negative there is an exponential that serves these as well.
-
-    @lazy
     def p(self) -> Tensor:
-        return self.e * self.q if "more" in vars(self) else self.x.sigmoid()
+        return self.x.sigmoid()
 
     @lazy
     def q(self) -> Tensor:
-        return self.more.reciprocal() if "more" in vars(self) else (-self.x).sigmoid()
+        return (-self.x).sigmoid()
 
     @lazy
     def spread(self) -> Tensor:
@@ -78,8 +67,11 @@ class Sigmoid:
     def neg(self) -> Tensor:
         if self.differentiable:
             return F.softplus(self.x)
-        result = log_of_sum(self.e, self.more, self.q)
-        return torch.maximum(result, self.x, out=result)  # beyond the clamp they are equal
+        # One exponential, held below infinity, serves p and q as well.
+        e = self.x.clamp(max=math.log(torch.finfo(self.x.dtype).max) - 8).exp_()
+        self.q = (e + 1).reciprocal_()
+        self.p = e * self.q
+        return torch.maximum(e.log1p_(), self.x, out=e)  # beyond the clamp they are equal
 
     @lazy
     def pos(self) -> Tensor:
@@ -106,9 +98,7 @@ class Sigmoid:
             return self.pos if y else self.neg
         if self.differentiable:
             return F.softplus(self.x) - self.x * y
-        e = self.x.abs().neg_().exp_()
-        more = e + 1
-        rest = log_of_sum(e, more, more.reciprocal())  # by which softplus(x) exceeds relu(x)
+        rest = self.x.abs().neg_().exp_().log1p_()  # by which softplus(x) exceeds relu(x)
         return self.x.relu().addcmul_(self.x, y, value=-1).add_(rest)
 
     def error(self, y: Label) -> Tensor:
@@ -116,16 +106,6 @@ class Sigmoid:
         if isinstance(y, Tensor):
             return torch.lerp(self.p, -self.q, y)
         return -self.q if y else self.p
-
-
-def log_of_sum(e: Tensor, more: Tensor, inverse: Tensor) -> Tensor:
-    """``log(1 + e)`` from 1 + e and its inverse, without a graph: right to 2e-7 relative.
-
-    The logarithm of the rounded sum and the effect of rounding, for ``torch.log1p`` takes as long
-    as ten exponentials on some CPUs.
-    """
-    rounding = (more - 1).sub_(e)
-    return more.log().addcmul_(rounding, inverse, value=-1)
 
 
 def mix(negative: Any, positive: Any, y: Label) -> Any:
@@ -265,7 +245,7 @@ class _Pointwise(torch.autograd.Function):
         shape = (tiles[-1].part + 1, *logits.shape[:2])
         sums = [logits.new_zeros(shape, dtype=dtype) for _ in summed]
         maps = [torch.empty_like(logits, dtype=dtype) for _ in mapped]
-        kept = empty_gradient(logits) if keep else None
+        kept = torch.empty_like(logits) if keep else None
         for tile in tiles:
             block = _SigmoidBlock(tile, logits, target, weight)
             for formula, result in zip(mapped, maps, strict=True):
@@ -319,7 +299,7 @@ class _Pointwise(torch.autograd.Function):
             if not in_blocks(result) or (factor != 1).any():
                 result.mul_(factor)
             return result, *nothing
-        result = empty_gradient(logits)
+        result = torch.empty_like(logits)
         for tile in blocks(logits):
             tile.of(result).copy_(gradient(tile))
         return result, *nothing

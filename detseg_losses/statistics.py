@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import WHOLE, Block, blocks, compute_dtype, empty_gradient, has_graph, lazy
+from .base import WHOLE, Block, blocks, compute_dtype, has_graph, lazy
 from .layout import Batch, Mode, Part, segmentation_batch
 from .pointwise import (
     Formula,
@@ -283,7 +283,7 @@ class _Softmax(torch.autograd.Function):
         tiles = blocks(logits)
         # Time is dear on the CPU, elsewhere it is memory.
         keep = keep and tiles[0] is not WHOLE and logits.dtype == dtype
-        kept = empty_gradient(logits) if keep else None
+        kept = torch.empty_like(logits) if keep else None
         nll = logits.new_empty((images, places), dtype=dtype) if wants[0] else None
         smooth = logits.new_empty((images, places), dtype=dtype) if wants[1] else None
         counts = logits.new_zeros((3, tiles[-1].part + 1, images, classes), dtype=dtype)
@@ -331,7 +331,7 @@ class _Softmax(torch.autograd.Function):
             return gradient(WHOLE).to(logits.dtype), *nothing
         # The gradient is written over what was kept; another backward computes that anew.
         kept, ctx.kept = ctx.kept, None
-        result = empty_gradient(logits) if kept is None else kept
+        result = torch.empty_like(logits) if kept is None else kept
         for tile in blocks(logits):
             tile.of(result).copy_(gradient(tile, None if kept is None else tile.of(kept)))
         return result, *nothing
