@@ -165,8 +165,8 @@ def _one_sigmoid(batch: Batch) -> bool:
 def _measure_two(result: Statistics, needs: Sequence[Need], weights: Tensor | None) -> None:
     """The statistics of two classes; everything is that of one and its mirror image."""
     batch = result.batch
-    first, second = batch.logits.unbind(1)
-    one = replace(batch, logits=(second - first).unsqueeze(1), target=batch.target.unsqueeze(1))
+    difference = _Difference.apply(batch.logits)
+    one = replace(batch, logits=difference, target=batch.target.unsqueeze(1))
     formulas: dict[str, Formula] = {}
     if "regions" in needs:
         formulas |= {"pred": Predicted(), "tp": TruePositive()}
@@ -183,6 +183,25 @@ def _measure_two(result: Statistics, needs: Sequence[Need], weights: Tensor | No
         setattr(result, name, torch.cat((next(found), next(found)), 1))
     for name in maps:
         setattr(result, name, next(found).squeeze(1))
+
+
+class _Difference(torch.autograd.Function):
+    """The second of two logits less the first, ``(B, 1, P)``, and finite: a class may be ruled out
+    by a logit of minus infinity.
+    """
+
+    @staticmethod
+    def forward(logits: Tensor) -> Tensor:
+        limit = torch.finfo(logits.dtype).max
+        return (logits[:, 1:] - logits[:, :1]).clamp_(-limit, limit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.cat((-grad, grad), 1)
 
 
 @dataclass(frozen=True)
@@ -353,25 +372,29 @@ class _SoftmaxBlock(Part):
         e: Tensor | None = None,
     ) -> None:
         super().__init__(tile, logits, target, weight)
-        self.e = self.x.sub(self.top).exp_() if e is None else e
+        self.e = (self.x - self.top).exp_() if e is None else e
         self.z = self.e.sum(1, keepdim=True)
         self.share = self.weighted(self.z.reciprocal())  # w / z: what each e counts
         self.class_weights = None if class_weights is None else class_weights[:, None]
-        if self.y is None and tile is not WHOLE and self.e.shape[1] <= FEW:
-            # Few classes are compared with the label, which is faster than to look up its own.
-            self.y = self.target_weights = self.hot()
-            self.target_total: Any = 1
-        elif self.y is not None:
-            weights = self.class_weights
-            self.target_weights = self.y if weights is None else self.y * weights
-            self.target_total = self.target_weights.sum(1)
+        self.dense = self.y is not None
+        if self.y is not None:
+            self.target_weights = self.weights_of_classes(self.y)
+            self.target_total: Any = self.target_weights.sum(1, keepdim=True)
         else:
             self.index = self.labels.unsqueeze(1)
+            if tile is not WHOLE and self.e.shape[1] <= FEW:
+                self.y = self.target_weights = self.hot()
+                self.target_total = 1
 
     def hot(self) -> Tensor:
-        """The labels as a dense target."""
-        classes = torch.arange(self.e.shape[1], device=self.e.device).unsqueeze(1)
-        return (self.labels.unsqueeze(1) == classes).to(self.dtype)
+        """The labels as a dense target: to compare few classes is faster than to look one up."""
+        classes = torch.arange(self.e.shape[1], dtype=self.dtype, device=self.e.device)
+        labels = self.index.to(self.dtype)  # as are the results, in one operation
+        return torch.eq(labels, classes.unsqueeze(1), out=torch.empty_like(self.e))
+
+    def weights_of_classes(self, y: Tensor) -> Tensor:
+        """A target with the weights of the classes."""
+        return y if self.class_weights is None else y * self.class_weights
 
     @lazy
     def p(self) -> Tensor:
@@ -383,29 +406,30 @@ class _SoftmaxBlock(Part):
         return self.x.amax(1, keepdim=True)
 
     @lazy
-    def missing(self) -> Tensor:
-        """How far the logit of the label is below the largest, ``(b, 1, n)``."""
-        return self.top - self.x.gather(1, self.index)
+    def below(self) -> Tensor:
+        """By how much the logit of the label is below the largest, as a negative number."""
+        if self.y is None:
+            return self.x.gather(1, self.index) - self.top
+        lowest = torch.finfo(self.dtype).min  # 0 * -inf is NaN
+        return (self.y * self.x.clamp(min=lowest)).sum(1, keepdim=True) - self.top
 
     def nll(self) -> Tensor:
-        if self.y is not None:
+        if self.dense:
             return self.log_likelihood(self.target_weights, self.target_total)
-        return self.counted((self.missing + self.z.log()).squeeze(1))
+        return self.counted((self.z.log() - self.below).squeeze(1))
 
     def smooth(self) -> Tensor:
         weights = self.smooth_weights()
         return self.log_likelihood(weights, weights.sum())
 
-    def log_likelihood(self, weights: Tensor, total: Tensor | int) -> Tensor:
+    def log_likelihood(self, weights: Tensor, total: Tensor) -> Tensor:
         """``-sum_c w_c log p_c`` with weights ``(b, C, n)`` or ``(C, 1)``, and their sum."""
-        missing = (weights * (self.top - self.x)).sum(1)
-        return self.counted(missing + total * self.z.log().squeeze(1))
+        below = (weights * (self.x - self.top)).sum(1)
+        return self.counted((total * self.z.log()).squeeze(1) - below)
 
     def smooth_weights(self) -> Tensor:
         """The weight of each class in ``smooth``, ``(C, 1)``."""
-        if self.class_weights is None:
-            return self.e.new_ones((self.e.shape[1], 1))
-        return self.class_weights
+        return self.weights_of_classes(self.e.new_ones((self.e.shape[1], 1)))
 
     def pred(self) -> Tensor:
         return self.p.sum(-1)
@@ -416,7 +440,7 @@ class _SoftmaxBlock(Part):
     def tp(self) -> Tensor:
         if self.y is not None:
             return (self.p * self.y).sum(-1)
-        hit = (-self.missing).exp_() * self.share
+        hit = self.below.exp() * self.share
         return _class_sums(hit.squeeze(1), self.labels, self.e.shape[1])
 
     def gradient(
@@ -433,15 +457,13 @@ class _SoftmaxBlock(Part):
         in the counts, and r and s collect :math:`-\sum_c p_c w G_c` and the gradients of the maps,
         which are linear in p.
         """
-        each = None  # G
+        each = None if pred is None else pred.unsqueeze(-1)  # G
         rows = []  # r, one number a pixel
-        rest = []  # -s
         at_label = []  # -s where c is the label
         weighted = []  # the gradients of maps, the weights of their classes, and the sum of those
-        if pred is not None:
-            each = pred.unsqueeze(-1)
         if tp is not None and self.y is not None:
-            each = tp.unsqueeze(-1) * self.y + (0 if each is None else each)
+            hits = tp.unsqueeze(-1)
+            each = hits * self.y if each is None else torch.addcmul(each, hits, self.y)
         elif tp is not None:
             hit = self.e.gather(1, self.index) * self.share * tp.gather(1, self.labels)[:, None]
             rows.append(-hit)
@@ -459,14 +481,12 @@ class _SoftmaxBlock(Part):
         if smooth is not None:
             weights = self.smooth_weights()
             weighted.append((smooth, weights, weights.sum()))
-        for grad, weights, total in weighted:
-            grad = self.counted(grad)
-            rows.append((grad * total).unsqueeze(1))
-            rest.append(-grad.unsqueeze(1) * weights)
+        weighted = [(self.counted(g).unsqueeze(1), w, t) for g, w, t in weighted]
+        rows += [grad * total for grad, _, total in weighted]
         row = reduce(add, rows) / self.z
         gradient = self.e * (row if each is None else torch.addcmul(row, each, self.share))
-        if rest:
-            gradient = gradient + reduce(add, rest)
+        for grad, weights, _ in weighted:
+            gradient = gradient.addcmul(grad, weights, value=-1)
         if at_label:
             gradient = gradient.scatter_add_(1, self.index, reduce(add, at_label))
         return gradient

@@ -465,3 +465,12 @@ def test_formulas_of_the_likelihood_need_labels(loss: Any) -> None:
 def test_bad_options_of_each(loss: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), **options)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_a_class_that_is_ruled_out_by_minus_infinity(classes: int) -> None:
+    x = torch.randn(2, classes, 5, 4)
+    x[:, 0] = -torch.inf
+    y = torch.randint(1, classes, (2, 5, 4))
+    got = value_and_grad(cross_entropy_loss, x, y)
+    torch.testing.assert_close(got, value_and_grad(F.cross_entropy, x, y))
