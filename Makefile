@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The release that the tests ran with last; pyproject.toml says which others are allowed.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test test-peers lint wheel clean
 
 demo: .venv/ready
 	$(BIN)/python tools/train_det.py --loss giou+focal
@@ -13,6 +13,12 @@ demo: .venv/ready
 # One thread a process, for two threads each of two processes would stand in each other's way.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What `make test` skips where Ultralytics, transformers and others are not installed.
+PEER_TESTS := yolo transformers_detection transformers_masks transformers_segmentation segmenters \
+	docs drop_ins benchmark
+test-peers: .venv/peers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PEER_TESTS:%=tests/test_%.py)
 
 lint: .venv/ready
 	$(BIN)/ruff check
@@ -36,4 +42,8 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+.venv/peers: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable ".[peers]"
 	touch $@

@@ -119,10 +119,10 @@ class Loss(nn.Module):
                 )
             if option == "reduction":
                 check_choice("reduction", value, Reduction)
-            if type(self.known[option]) is bool and type(value) is not bool:
-                raise TypeError(f"{option!r} of {self.name} is True or False, not {value!r}")
             if isinstance(value, Ramp) and type(self.known[option]) is not float:
                 raise TypeError(f"{option!r} of {self.name} cannot be on a ramp, only a number can")
+            if type(self.known[option]) is bool and type(value) is not bool:
+                raise TypeError(f"{option!r} of {self.name} is True or False, not {value!r}")
             if isinstance(value, (list, tuple, Tensor)):
                 # A buffer follows the module to its device; not persistent, so that an adapted
                 # model keeps the keys of its state_dict.

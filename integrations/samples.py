@@ -383,8 +383,10 @@ def check_box(
     return clipped, "box is partly outside the image, clipped" if excess > 1 else None
 
 
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for images that it cannot decode."""
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, ImportError)
+"""What Pillow raises for images that it cannot decode; the last one where Ultralytics, which makes
+it ask for a plug-in, has been imported.
+"""
 
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
