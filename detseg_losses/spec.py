@@ -8,7 +8,7 @@ import inspect
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, ClassVar, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
     except (SyntaxError, ValueError) as error:
         column = getattr(error, "offset", None) or 1
         raise _error(spec.strip(), column, "is not a loss string like 'giou + 0.5*l1'") from None
-    terms = [_term(node, spec.strip(), defaults) for node in _summands(tree)]
+    terms = [term for node in _summands(tree) for term in _terms(node, spec.strip(), defaults)]
     unused = [key for key in defaults if not any(key in term.options for _, term in terms)]
     if unused:
         raise SpecError(f"no term of {spec!r} has the option {unused[0]!r}")
@@ -107,7 +107,8 @@ def _summands(node: ast.expr) -> Iterator[ast.expr]:
         yield node
 
 
-def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[Weight, Loss]:
+def _terms(node: ast.expr, spec: str, defaults: dict[str, Any]) -> list[tuple[Weight, Loss]]:
+    """The loss of one summand, or the losses of a sum that has a name."""
     weight: Weight = 1.0
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         weight = _weight(node.left, spec)
@@ -120,9 +121,10 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[Weight, 
         call, keywords = node.func, node.keywords
     if not isinstance(call, ast.Name):
         raise _error(spec, call.col_offset + 1, "expected the name of a loss")
-    if call.id not in LOSSES:
-        raise _error(spec, call.col_offset + 1, f"no loss {call.id!r}{_nearest(call.id, LOSSES)}")
-    cls = LOSSES[call.id]
+    if call.id not in LOSSES | SUMS:
+        hint = _nearest(call.id, LOSSES | SUMS)
+        raise _error(spec, call.col_offset + 1, f"no loss {call.id!r}{hint}")
+    cls = (LOSSES | SUMS)[call.id]
     known = cls.defaults()
     options: dict[str, Any] = {}
     for keyword in keywords:
@@ -134,14 +136,17 @@ def _term(node: ast.expr, spec: str, defaults: dict[str, Any]) -> tuple[Weight, 
             raise _error(spec, column, f"{keyword.arg!r} is given twice")
         options[keyword.arg] = _literal(keyword, spec)
     try:
-        loss = cls(**{k: v for k, v in defaults.items() if k in known} | options)
+        made = cls(**{k: v for k, v in defaults.items() if k in known} | options)
+        terms = [(weight, made)] if isinstance(made, Loss) else made.scaled(weight)
         # A value that the function refuses shows here and not in some step.
-        for step in (*(ramp.after + ramp.steps for ramp in loss.ramps.values()), 0):
-            loss.step = step
-            loss(*_smallest_input(loss), **({"sync": False} if "sync" in known else {}))
+        for _, loss in terms:
+            for step in (*(ramp.after + ramp.steps for ramp in loss.ramps.values()), 0):
+                loss.step = step
+                sync = {"sync": False} if "sync" in loss.known else {}
+                loss(*_smallest_input(loss), **sync)
     except (ValueError, TypeError, RuntimeError) as error:
         raise _error(spec, call.col_offset + 1, f"{call.id}: {error}") from None
-    return weight, loss
+    return terms
 
 
 def _smallest_input(loss: Loss) -> tuple[Tensor, Tensor]:
@@ -425,7 +430,45 @@ class LossSum(nn.Module):
         )
 
 
-class CEDiceLoss(LossSum):
+class NamedSum(LossSum):
+    """A sum that a loss string may hold as if it were one loss.
+
+    The options of its losses that its own do not decide are options of it.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, terms: Sequence[tuple[Weight, dict[str, Any]]], options: dict[str, Any]
+    ) -> None:
+        known: list[set[str]] = [
+            LOSSES[name].defaults().keys() - own.keys()
+            for name, (_, own) in zip(self.parts, terms, strict=True)
+        ]
+        known[-1] |= options.keys() - set.union(*known)  # which raises
+        losses: list[tuple[Weight, Loss]] = [
+            (weight, LOSSES[name](**own, **{k: v for k, v in options.items() if k in has}))
+            for name, (weight, own), has in zip(self.parts, terms, known, strict=True)
+        ]
+        super().__init__(losses, "segmentation")
+
+    @classmethod
+    @functools.cache
+    def defaults(cls) -> dict[str, Any]:
+        """Every option and its default."""
+        own = list(inspect.signature(cls).parameters.values())[:-1]
+        parts = [LOSSES[name].defaults() for name in cls.parts]
+        return {k: v for part in parts for k, v in part.items()} | {p.name: p.default for p in own}
+
+    def scaled(self, weight: Weight) -> list[tuple[Weight, Loss]]:
+        """Its terms with their part of a weight."""
+        numbers = [own for own in (weight, *self.weights) if isinstance(own, (int, float))]
+        if len(numbers) <= len(self.weights):
+            raise ValueError("a sum has a number for a weight")
+        return [(numbers[0] * n, loss) for n, loss in zip(numbers[1:], self.terms, strict=True)]
+
+
+class CEDiceLoss(NamedSum):
     """Cross entropy plus Dice in one pass: ``build_loss("ce + dice")`` by its usual name.
 
     Args:
@@ -437,13 +480,13 @@ class CEDiceLoss(LossSum):
         TypeError: on an option that neither loss has.
     """
 
+    parts = ("ce", "dice")
+
     def __init__(self, ce_weight: Weight = 1.0, dice_weight: Weight = 1.0, **options: Any) -> None:
-        super().__init__(
-            _terms([(ce_weight, "ce", {}), (dice_weight, "dice", {})], options), "segmentation"
-        )
+        super().__init__([(ce_weight, {}), (dice_weight, {})], options)
 
 
-class ComboLoss(LossSum):
+class ComboLoss(NamedSum):
     r"""Combo loss: weighted binary cross entropy and Dice (Taghanaki et al., arXiv:1805.02798).
 
     .. math:: -\frac{\alpha}{N} \sum
@@ -464,17 +507,18 @@ class ComboLoss(LossSum):
         TypeError: on an option that neither loss has.
     """
 
+    parts = ("bce", "dice")
+
     def __init__(self, alpha: float = 0.5, beta: float = 0.5, **options: Any) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1]: {alpha}")
         if not 0 < beta < 1:
             raise ValueError(f"beta must be between 0 and 1: {beta}")
         bce = {"pos_weight": beta / (1 - beta)}
-        terms = [(alpha * (1 - beta), "bce", bce), (1 - alpha, "dice", {})]
-        super().__init__(_terms(terms, options), "segmentation")
+        super().__init__([(alpha * (1 - beta), bce), (1 - alpha, {})], options)
 
 
-class UnifiedFocalLoss(LossSum):
+class UnifiedFocalLoss(NamedSum):
     r"""The symmetric unified focal loss (Yeung et al., arXiv:2102.04525), of a softmax.
 
     .. math:: -\frac{\lambda \delta}{N} \sum (1 - p_t)^{1 - \gamma} \log p_t
@@ -496,6 +540,8 @@ class UnifiedFocalLoss(LossSum):
         TypeError: on an option that neither loss has.
     """
 
+    parts = ("softmax_focal", "focal_tversky")
+
     def __init__(
         self, weight: float = 0.5, delta: float = 0.6, gamma: float = 0.5, **options: Any
     ) -> None:
@@ -505,23 +551,11 @@ class UnifiedFocalLoss(LossSum):
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be positive and at most 1: {gamma}")
         tversky = {"alpha": 1 - delta, "beta": delta, "gamma": gamma}
-        terms = [
-            (weight * delta, "softmax_focal", {"gamma": 1 - gamma}),
-            (1 - weight, "focal_tversky", tversky),
-        ]
-        super().__init__(_terms(terms, options), "segmentation")
+        super().__init__([(weight * delta, {"gamma": 1 - gamma}), (1 - weight, tversky)], options)
 
 
-def _terms(
-    terms: Sequence[tuple[Weight, str, dict[str, Any]]], options: dict[str, Any]
-) -> list[tuple[Weight, Loss]]:
-    """Losses by name, each with its own options and those of the others that it knows."""
-    known: list[set[str]] = [LOSSES[name].defaults().keys() - own.keys() for _, name, own in terms]
-    known[-1] |= options.keys() - set.union(*known)  # which raises
-    return [
-        (weight, LOSSES[name](**own, **{k: v for k, v in options.items() if k in has}))
-        for (weight, name, own), has in zip(terms, known, strict=True)
-    ]
+SUMS: dict[str, type[NamedSum]] = {"combo": ComboLoss, "unified_focal": UnifiedFocalLoss}
+"""The sums that have a name in a loss string."""
 
 
 def names_of_kind(kind: Kind) -> list[str]:

@@ -368,3 +368,23 @@ def test_unified_focal_loss() -> None:
     for options in ({"weight": 2}, {"delta": -1}, {"gamma": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
             UnifiedFocalLoss(**options)
+
+
+def test_a_sum_that_has_a_name_is_a_term_of_a_string() -> None:
+    loss = build_loss("2*combo(alpha=0.4, beta=0.7, smooth=1) + ghm", ignore_index=255)
+    assert loss.names == ["bce", "dice", "ghm"]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 4, 5, generator=generator)
+    y = torch.randint(0, 2, (2, 4, 5), generator=generator)
+    values = build_loss("ghm", kind="segmentation")(x, y)
+    values = values + 2 * ComboLoss(alpha=0.4, beta=0.7, smooth=1.0)(x, y)
+    torch.testing.assert_close(build_loss(repr(loss), kind="segmentation")(x, y), values)
+    for spec, message in {
+        "learned*combo": "column 9: combo: a sum has a number",
+        "combo(alpha=2)": "combo: alpha must be in",
+        "combo(betta=1)": "did you mean 'beta'",
+        "unified_focal(gamma=0)": "gamma must be positive",
+        "kombo": "did you mean 'combo'",
+    }.items():
+        with pytest.raises(SpecError, match=message):
+            build_loss(spec)
