@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import detseg_losses
-from common.benchmark import kept_bytes
+from common.benchmark import can_compile, kept_bytes
 from detseg_losses import LOSSES, Loss, base, build_loss
 
 CASES = [(name, kind) for name, cls in LOSSES.items() for kind in cls.kinds]
@@ -459,6 +459,18 @@ def test_compiles_into_one_graph(spec: str) -> None:
     expected = value_and_grad(loss, x, y)
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_grad(compiled, x, y), expected)
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no compiler")
+@pytest.mark.parametrize("spec", ["bce + dice", "ce + dice"])
+def test_the_compiled_code_computes_the_same(spec: str) -> None:
+    x, y = sample("segmentation", dtype=torch.float32)
+    loss = build_loss(spec, **({"mode": "multilabel"} if "bce" in spec else {}))
+    y = (x.detach() > 1).float() if "bce" in spec else y
+    expected = value_and_grad(loss, x, y)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
     torch.testing.assert_close(value_and_grad(compiled, x, y), expected)
 
 

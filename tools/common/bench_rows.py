@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from common.benchmark import Work, kept_bytes, peak_bytes
+from common.benchmark import Work, can_compile, kept_bytes, peak_bytes
 from common.errors import UsageError
 from detseg_losses import LOSSES, SpecError, build_loss
 from detseg_losses.integrations.torchvision_retinanet import RetinaNetLossHead
@@ -220,6 +220,23 @@ def half(device: torch.device) -> Rows:
             for dtype in (torch.bfloat16, torch.float32)
         )
         yield Race(f"{spec}, bfloat16 {sizes}", "float32", low, full, 1.1)
+
+
+@row("compiled")
+def compiled(device: torch.device) -> Rows:
+    """The losses under ``torch.compile``, where there is a compiler."""
+    if not can_compile(device):
+        return
+    masks = _labels(device, 2, 8, 1, 512, 512).float()
+    for spec, x, y in (
+        ("focal(reduction='sum')", _logits(device, ANCHORS, CLASSES), _anchor_labels(device)),
+        ("ce + dice", _logits(device, 4, 21, 384, 384), _labels(device, 21, 4, 384, 384)),
+        ("bce(mode='binary') + dice", _logits(device, 8, 1, 512, 512), masks),
+    ):
+        loss = build_loss(spec)
+        fast = torch.compile(loss, fullgraph=True)
+        step, eager = forward_backward(fast, x, y), forward_backward(loss, x, y)
+        yield Race(f"{spec}, compiled, {tuple(x.shape)}", "not compiled", step, eager, 1.1)
 
 
 @row("growth")
