@@ -451,6 +451,21 @@ def test_no_sync_on_cuda(name: str, kind: str) -> None:
         assert make(name, kind)(x, y).device.type == "cuda"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@cases
+def test_no_sync_on_a_gpu(name: str, kind: str) -> None:
+    """Forward and backward, where CUDA raises on every wait."""
+    x, y = (tensor.cuda() for tensor in sample(kind))
+    loss = make(name, kind).cuda()
+    expected = value_and_grad(loss, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = value_and_grad(loss, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("spec", [*dict.fromkeys(name for name, _ in CASES), *SUMS])
 def test_compiles_into_one_graph(spec: str) -> None:
     kind = "segmentation" if "+" in spec else LOSSES[spec].kinds[-1]
