@@ -25,6 +25,7 @@ from .base import (
     check_choice,
     check_not_negative,
     divide,
+    in_blocks,
     mean_of_sums,
     register,
     world_sum,
@@ -325,6 +326,12 @@ class Focal(Formula):
             raise ValueError(f"alpha must be in [0, 1], or -1 or None for no weight: {self.alpha}")
         check_not_negative("gamma", self.gamma)
 
+    def fitted(self, batch: Batch) -> Formula:
+        alpha = self.alpha
+        if isinstance(alpha, Tensor) and in_blocks(alpha) and (alpha > 1).any():
+            raise ValueError(f"alpha must be in [0, 1]: {alpha.tolist()}")
+        return super().fitted(batch)
+
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         ce = s.cross_entropy(y)
         return self.weighted(power(s.missed(y), self.gamma), y) * ce
@@ -505,6 +512,10 @@ class Binned(Formula):
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return self.each(s, y) * s.error(y)
+
+    def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
+        each = self.each(s, y)
+        return each * s.cross_entropy(y), each * s.error(y)
 
     def each(self, s: Sigmoid, y: Label) -> Tensor:
         bins = len(self.weights)

@@ -67,10 +67,10 @@ class Sigmoid:
     def neg(self) -> Tensor:
         if self.differentiable:
             return F.softplus(self.x)
-        # One exponential, held below infinity, serves p and q as well.
         e = self.x.clamp(max=math.log(torch.finfo(self.x.dtype).max) - 8).exp_()
-        self.q = (e + 1).reciprocal_()
-        self.p = e * self.q
+        if "p" not in vars(self):  # the exponential serves p and q as well
+            self.q = (e + 1).reciprocal_()
+            self.p = e * self.q
         return torch.maximum(e.log1p_(), self.x, out=e)  # beyond the clamp they are equal
 
     @lazy
@@ -281,7 +281,8 @@ class _Pointwise(torch.autograd.Function):
 
         def gradient(tile: Block) -> Tensor:
             block = _SigmoidBlock(tile, logits, target, weight)
-            # In the same way as those that are kept, for another backward gives the same digits.
+            # In the same way as those that are kept, so that another backward gives the same
+            # digits, but for logits of half precision, in which what is kept is rounded.
             method: Method = "both" if ctx.keep else "slope"
             slopes = [block.evaluate(formula, method)[-1] for formula, _ in found]
             scales = [tile.of(factor) for _, factor in found]
@@ -352,8 +353,7 @@ class _SigmoidBlock(Part):
         return tuple(map(self.weighted, found))
 
     def _put(self, values: Tensor, chosen: Tensor) -> Tensor:
-        if any(values is shared for shared in vars(self.s).values()):
-            values = values.clone()
+        # Even where these are p itself: every other formula replaces the same entries.
         values[self.entries] = chosen
         return values
 

@@ -236,7 +236,9 @@ def generalised_dice_loss(
     hits = (weights * r.tp).sum(-1, keepdim=True)
     area = (weights * (r.pred + r.true)).sum(-1, keepdim=True)
     loss = (1 - divide(2 * hits, area)).expand_as(r.tp)
-    return replace(r, class_weights=None).reduce(loss)  # which are in it
+    if r.class_weights is not None:  # of the classes that are there they are in it already
+        r = replace(r, class_weights=torch.where(r.true > 0, 1, r.class_weights))
+    return r.reduce(loss)
 
 
 def log_cosh_dice_loss(

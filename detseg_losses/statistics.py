@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import WHOLE, Block, blocks, compute_dtype, has_graph, lazy
+from .base import WHOLE, Block, blocks, compute_dtype, has_graph, in_blocks, lazy
 from .layout import Batch, Mode, Part, segmentation_batch
 from .pointwise import (
     Formula,
@@ -165,8 +165,12 @@ def _one_sigmoid(batch: Batch) -> bool:
 def _measure_two(result: Statistics, needs: Sequence[Need], weights: Tensor | None) -> None:
     """The statistics of two classes; everything is that of one and its mirror image."""
     batch = result.batch
+    labels = batch.target
+    if not in_blocks(labels):  # where they have not been checked, a look-up stops at others
+        labels = torch.arange(2, device=labels.device).expand(len(labels), 2)
+        labels = labels.gather(1, batch.labels())
     difference = _Difference.apply(batch.logits)
-    one = replace(batch, logits=difference, target=batch.target.unsqueeze(1))
+    one = replace(batch, logits=difference, target=labels.unsqueeze(1))
     formulas: dict[str, Formula] = {}
     if "regions" in needs:
         formulas |= {"pred": Predicted(), "tp": TruePositive()}
@@ -209,7 +213,7 @@ class OfLabel(Formula):
     """The negative log likelihood of the label, one of two."""
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.cross_entropy(y)
+        return s.cross_entropy(y) * 2 / 2  # infinite again where the difference was
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return s.error(y)
@@ -411,7 +415,8 @@ class _SoftmaxBlock(Part):
         if self.y is None:
             return self.x.gather(1, self.index) - self.top
         lowest = torch.finfo(self.dtype).min  # 0 * -inf is NaN
-        return (self.y * self.x.clamp(min=lowest)).sum(1, keepdim=True) - self.top
+        found = (self.y * self.x.clamp(min=lowest)).sum(1, keepdim=True)
+        return found.mul_(2).div_(2) - self.top  # infinite again where it was
 
     def nll(self) -> Tensor:
         if self.dense:

@@ -11,12 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-
+from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.samples import (
     VOID,
     DataError,
@@ -38,6 +33,13 @@ from detseg_losses.integrations.samples import (
     to_results,
     usable_results,
 )
+
+with needs("tools"):
+    import numpy as np
+    from numpy.typing import NDArray
+    from pycocotools import mask as rle
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 __all__ = [
     "CocoDetection",

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
+
+from detseg_losses.integrations.extras import needs
+
+with needs("tools"):
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
 
 VOID = 255
 """The mask value of pixels that belong to no class: left out of training and of the metric."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from segmentation_models_pytorch.base import SegmentationModel
-from segmentation_models_pytorch.base.modules import Activation
 from torch import Tensor, nn
 
 from detseg_losses.classification import binary_cross_entropy_loss
+from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.segmentation import attach, classes_of, detach, read_losses, taken
 from detseg_losses.integrations.smp_losses import (
     BINARY_MODE,
@@ -30,6 +29,10 @@ from detseg_losses.integrations.smp_losses import (
 )
 from detseg_losses.layout import Mode
 from detseg_losses.pixels import cross_entropy_loss
+
+with needs("smp"):
+    from segmentation_models_pytorch.base import SegmentationModel
+    from segmentation_models_pytorch.base.modules import Activation
 
 __all__ = [
     "BINARY_MODE",

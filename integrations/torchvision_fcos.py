@@ -6,8 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxLinearCoder
-from torchvision.models.detection.fcos import FCOS, FCOSHead
 
 from detseg_losses.base import compute_dtype, divide, rows_where
 from detseg_losses.integrations.detection import (
@@ -22,7 +20,12 @@ from detseg_losses.integrations.detection import (
     terms_of,
     total,
 )
+from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
+
+with needs("torchvision"):
+    from torchvision.models.detection._utils import BoxLinearCoder
+    from torchvision.models.detection.fcos import FCOS, FCOSHead
 
 ROLES: Roles = {
     "classification": ("classification",),

@@ -8,14 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.faster_rcnn import FasterRCNN
-from torchvision.models.detection.roi_heads import (
-    RoIHeads,
-    keypoints_to_heatmap,
-    project_masks_on_boxes,
-)
-from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from detseg_losses.base import compute_dtype, rows_where
 from detseg_losses.integrations.detection import (
@@ -27,7 +19,18 @@ from detseg_losses.integrations.detection import (
     terms_of,
     total,
 )
+from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum, build_loss, read_stages
+
+with needs("torchvision"):
+    from torchvision.models.detection._utils import BoxCoder
+    from torchvision.models.detection.faster_rcnn import FasterRCNN
+    from torchvision.models.detection.roi_heads import (
+        RoIHeads,
+        keypoints_to_heatmap,
+        project_masks_on_boxes,
+    )
+    from torchvision.models.detection.rpn import RegionProposalNetwork
 
 ROLES: dict[str, Roles] = {
     "rpn": {"loss_objectness": ("classification",), "loss_rpn_box_reg": ("boxes", "deltas")},

@@ -6,8 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 
 from detseg_losses.base import compute_dtype, rows_where
 from detseg_losses.integrations.detection import (
@@ -22,6 +20,11 @@ from detseg_losses.integrations.detection import (
     terms_of,
     total,
 )
+from detseg_losses.integrations.extras import needs
+
+with needs("torchvision"):
+    from torchvision.models.detection._utils import BoxCoder
+    from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 
 ROLES: Roles = {
     "classification": ("classification",),

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 
+from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.segmentation import (
     attach,
     classes_of,
@@ -17,6 +17,9 @@ from detseg_losses.integrations.segmentation import (
     taken,
 )
 from detseg_losses.layout import Mode
+
+with needs("torchvision"):
+    from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 
 Model = TypeVar("Model", FCN, DeepLabV3, LRASPP)
 

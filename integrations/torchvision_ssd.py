@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torchvision.models.detection.ssd import SSD
 
 from detseg_losses.base import compute_dtype, rows_where
 from detseg_losses.integrations.detection import (
@@ -21,7 +20,11 @@ from detseg_losses.integrations.detection import (
     terms_of,
     total,
 )
+from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
+
+with needs("torchvision"):
+    from torchvision.models.detection.ssd import SSD
 
 ROLES: Roles = {
     "classification": ("segmentation",),  # a softmax over classes, as of pixels

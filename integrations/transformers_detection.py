@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING
 
 from detseg_losses.base import Loss, compute_dtype
 from detseg_losses.boxes import iou_loss
 from detseg_losses.classification import QualityFocalLoss, VarifocalLoss
 from detseg_losses.integrations.detection import Roles, detached, read_losses, terms_of, total
+from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
+
+with needs("transformers"):
+    from transformers import PreTrainedModel
+    from transformers.loss.loss_utils import LOSS_MAPPING
 
 CLASS_ENTRIES = {
     "ImageLoss": "loss_ce",

@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
-from transformers.models.maskformer.modeling_maskformer import MaskFormerLoss
 
 from detseg_losses.base import LOSSES, Loss
 from detseg_losses.classification import SigmoidLoss
 from detseg_losses.integrations.detection import FIXED, detached, total
+from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.transformers_detection import looking_up
 from detseg_losses.pixels import PixelLoss
 from detseg_losses.regions import RegionLoss
 from detseg_losses.spec import LossSum, SpecError, build_loss
+
+with needs("transformers"):
+    from transformers import PreTrainedModel
+    from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+    from transformers.models.maskformer.modeling_maskformer import MaskFormerLoss
 
 ENTRIES: dict[str, type[Loss]] = {
     "loss_cross_entropy": PixelLoss,

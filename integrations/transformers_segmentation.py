@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn.functional import interpolate
-from transformers import PreTrainedModel
 
+from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.segmentation import attach, detach, losses_of, read_losses, taken
 from detseg_losses.layout import Mode
+
+with needs("transformers"):
+    from transformers import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

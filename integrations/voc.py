@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
+from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.samples import (
     UNREADABLE,
     VOID,
@@ -32,6 +30,11 @@ from detseg_losses.integrations.samples import (
     read_image,
     usable_results,
 )
+
+with needs("tools"):
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
 
 # fmt: off
 VOC_CLASSES = [

@@ -586,3 +586,20 @@ def test_slope_of_the_slope_where_a_probability_underflows() -> None:
     (second,) = torch.autograd.grad(slope.sum(), x)
     assert second.isfinite().all()
     assert second[0, 0] == 0
+
+
+@pytest.mark.parametrize("prior", [0.1, 0.4])
+def test_ghm_of_equal_logits_on_the_edge_of_a_bin(prior):
+    """As a new head has them: each entry has the weight of the bin that it is counted in."""
+    x = torch.full((1000, 20), -math.log((1 - prior) / prior))
+    y = torch.full((1000,), -1)
+    y[:10] = 3
+    _, grad = value_and_grad(ghm_loss, x, y)
+    _, expected = value_and_grad(ghm_loss, x.double(), y)
+    torch.testing.assert_close(grad[100:].sum(), expected[100:].sum().float())
+
+
+def test_alpha_of_classes_is_checked():
+    for alpha in ([0.25, 1.5], torch.tensor(1.5)):
+        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
+            sigmoid_focal_loss(torch.zeros(3, 2), torch.zeros(3, 2), alpha=alpha)

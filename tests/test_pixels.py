@@ -474,3 +474,17 @@ def test_a_class_that_is_ruled_out_by_minus_infinity(classes: int) -> None:
     y = torch.randint(1, classes, (2, 5, 4))
     got = value_and_grad(cross_entropy_loss, x, y)
     torch.testing.assert_close(got, value_and_grad(F.cross_entropy, x, y))
+    y[0, 0, 0] = 0
+    value, grad = value_and_grad(cross_entropy_loss, x, y)
+    assert value.isposinf()
+    torch.testing.assert_close(grad, value_and_grad(F.cross_entropy, x, y)[1])
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_compiled_loss_stops_at_a_label_out_of_range(classes: int) -> None:
+    """Where labels are not looked at beforehand."""
+    x, y = torch.randn(2, classes, 5, 4), torch.zeros(2, 5, 4, dtype=torch.long)
+    y[0, 0] = 255
+    compiled = torch.compile(cross_entropy_loss, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        compiled(x, y)

@@ -427,3 +427,14 @@ def test_errors() -> None:
         mcc_loss(x, y, smooth=0)
     with pytest.raises(ValueError, match="target holds 7,"):
         dice_loss(x, y + 7)
+
+
+def test_class_weights_of_generalised_dice() -> None:
+    """They are in its ratio, and count again only for a class that is absent and penalised."""
+    x = torch.randn(2, 3, 6, 6)
+    y = torch.randint(0, 2, (2, 6, 6))
+    one = generalised_dice_loss(x, y, class_weights=[1, 3, 1], reduction="sum")
+    each = generalised_dice_loss(x, y, class_weights=[1, 3, 1])
+    torch.testing.assert_close(one, 2 * each)  # of two classes that are there
+    free = generalised_dice_loss(x, y, class_weights=[1, 1, 0], absent="penalise")
+    torch.testing.assert_close(free, generalised_dice_loss(x, y))
