@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detseg_losses.base import LOSSES, Kind, Loss, check_choice, processes, world_sum
 from detseg_losses.pixels import PixelLoss
@@ -132,39 +132,25 @@ def terms_of(loss: LossSum, kinds: tuple[Kind, ...]) -> list[tuple[str, Loss]]:
     return [(name, term) for name, _, term in loss.items() if set(term.kinds) & set(kinds)]
 
 
-class LossHead(nn.Module):
-    """Stands in for the head of a model: its submodules, its outputs, other losses.
+def check_own(name: str, found: object, own: type, ours: type) -> None:
+    """Refuse what is not torchvision's own class, for it may compute its loss in another way.
 
-    To be inherited before the class of the head.
-
-    Args:
-        head: the head, whose submodules are shared.
-        loss: what to compute.
-        normalizer: what the sums over anchors are divided by.
+    Raises:
+        TypeError: naming both.
     """
+    if type(found) not in (own, ours):
+        raise TypeError(f"{name} is a {type(found).__name__}, not torchvision's {own.__name__}")
 
-    def __init__(self, head: nn.Module, loss: LossSum, normalizer: Normalizer) -> None:
-        nn.Module.__init__(self)
-        for name, child in head.named_children():
-            self.add_module(name, child)
-        self.loss = loss
-        self.normalizer = normalizer
-        self._stock = (head,)  # in a tuple, so that its parameters are not registered twice
-        self.train(head.training)
 
-    @property
-    def stock(self) -> Any:
-        """The head that this one stands in for, with the sub-heads that it has by now."""
-        (head,) = self._stock
-        head._modules.update({k: v for k, v in self._modules.items() if k in head._modules})
-        return head
+def check_own_loss(model: Any, own: Any) -> None:
+    """Refuse a model of a derived class that computes its loss by itself.
 
-    def train(self, mode: bool = True) -> LossHead:
-        self.stock.train(mode)
-        return super().train(mode)
-
-    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
-        return self.stock(x)
+    Raises:
+        TypeError: naming the class.
+    """
+    if type(model).compute_loss is not own.compute_loss:
+        name = type(model).__name__
+        raise TypeError(f"{name} has a compute_loss of its own, which would not call these losses")
 
 
 def factor_of_images(foreground: Tensor, normalizer: Normalizer) -> Tensor:

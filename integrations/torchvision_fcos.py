@@ -9,10 +9,11 @@ from torch import Tensor
 
 from detseg_losses.base import compute_dtype, divide, rows_where
 from detseg_losses.integrations.detection import (
-    LossHead,
     Normalizer,
     Roles,
     box_losses,
+    check_own,
+    check_own_loss,
     detached,
     factor_of_images,
     of_matches,
@@ -62,38 +63,39 @@ def use_losses(
     Raises:
         SpecError: on a string that cannot be read, a term that has no role here, or weights that
             are not one for each class that the head counts.
+        TypeError: where the head is not torchvision's own, or the model computes its loss itself.
     """
+    check_own_loss(model, FCOS)
+    check_own("the head of FCOS", model.head, FCOSHead, FCOSLossHead)
     loss = read_losses(spec, "FCOS", ROLES, normalizer)
     loss.check_classes(model.head.classification_head.num_classes)
     of_centerness = read_losses(centerness, "the centerness of FCOS", CENTERNESS, normalizer)
     of_centerness.check_classes(1)
     restore_losses(model)
-    model.head = FCOSLossHead(model.head, loss.adapt(model), of_centerness.adapt(model), normalizer)
+    model.head.__class__ = FCOSLossHead
+    model.head.loss, model.head.normalizer = loss.adapt(model), normalizer
+    model.head.centerness = of_centerness.adapt(model)
     return model
 
 
 def restore_losses(model: FCOS) -> FCOS:
-    """Give an FCOS back the head, and so the losses, that it came with; in place."""
+    """Give an FCOS back the losses that it came with, in place."""
     if isinstance(model.head, FCOSLossHead):
-        model.head = model.head.stock
+        del model.head.loss, model.head.normalizer, model.head.centerness
+        model.head.__class__ = FCOSHead
     return model
 
 
-class FCOSLossHead(LossHead, FCOSHead):
-    """Stands in for a head, see :class:`LossHead`.
+class FCOSLossHead(FCOSHead):
+    """A head with other losses.
 
-    Args:
-        head: the head, whose submodules are shared.
-        loss: what to compute of classes and boxes.
-        centerness: what to compute of the centerness.
-        normalizer: see :func:`use_losses`.
+    A model's own becomes one by its ``__class__``, so that whatever it holds, now or later, stays
+    in its place.
     """
 
-    def __init__(
-        self, head: FCOSHead, loss: LossSum, centerness: LossSum, normalizer: Normalizer
-    ) -> None:
-        super().__init__(head, loss, normalizer)
-        self.centerness = centerness
+    loss: LossSum
+    centerness: LossSum
+    normalizer: Normalizer
 
     def compute_loss(
         self,
@@ -128,7 +130,7 @@ class FCOSLossHead(LossHead, FCOSHead):
         boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
         boxes = torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor)
         factors = (foreground * factor).flatten()[rows]
-        coder: BoxLinearCoder = self.stock.box_coder
+        coder: BoxLinearCoder = self.box_coder
         regression = box_losses(
             self.loss,
             deltas,
@@ -155,7 +157,7 @@ class FCOSLossHead(LossHead, FCOSHead):
         }
         stock = {}
         if not all(losses.values()):
-            stock = self.stock.compute_loss(targets, head_outputs, anchors, matched_idxs)
+            stock = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
         return {key: total(values) if values else stock[key] for key, values in losses.items()}
 
 

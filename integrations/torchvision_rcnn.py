@@ -13,6 +13,7 @@ from detseg_losses.base import compute_dtype, rows_where
 from detseg_losses.integrations.detection import (
     Roles,
     box_losses,
+    check_own,
     detached,
     of_matches,
     read_losses,
@@ -104,8 +105,7 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
         found, own, ours = heads, RoIHeads, LossRoIHeads
         if stage == "rpn":
             found, own, ours = model.rpn, RegionProposalNetwork, LossRPN
-        if type(found) not in (own, ours):
-            raise TypeError(f"{head} is a {type(found).__name__}, not torchvision's {own.__name__}")
+        check_own(head, found, own, ours)
     restore_losses(model)
     for loss in losses.values():
         loss.adapt(model)

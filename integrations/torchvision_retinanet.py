@@ -9,10 +9,11 @@ from torch import Tensor
 
 from detseg_losses.base import compute_dtype, rows_where
 from detseg_losses.integrations.detection import (
-    LossHead,
     Normalizer,
     Roles,
     box_losses,
+    check_own,
+    check_own_loss,
     detached,
     factor_of_images,
     of_matches,
@@ -21,6 +22,7 @@ from detseg_losses.integrations.detection import (
     total,
 )
 from detseg_losses.integrations.extras import needs
+from detseg_losses.spec import LossSum
 
 with needs("torchvision"):
     from torchvision.models.detection._utils import BoxCoder
@@ -54,23 +56,35 @@ def use_losses(model: RetinaNet, spec: str, *, normalizer: Normalizer = "image")
     Raises:
         SpecError: on a string that cannot be read, a term that has no role here, or weights that
             are not one for each class that the head counts.
+        TypeError: where the head is not torchvision's own, or the model computes its loss itself.
     """
+    check_own_loss(model, RetinaNet)
+    check_own("the head of RetinaNet", model.head, RetinaNetHead, RetinaNetLossHead)
     loss = read_losses(spec, "RetinaNet", ROLES, normalizer)
     loss.check_classes(model.head.classification_head.num_classes)
     restore_losses(model)
-    model.head = RetinaNetLossHead(model.head, loss.adapt(model), normalizer)
+    model.head.__class__ = RetinaNetLossHead
+    model.head.loss, model.head.normalizer = loss.adapt(model), normalizer
     return model
 
 
 def restore_losses(model: RetinaNet) -> RetinaNet:
-    """Give a RetinaNet back the head, and so the losses, that it came with; in place."""
+    """Give a RetinaNet back the losses that it came with, in place."""
     if isinstance(model.head, RetinaNetLossHead):
-        model.head = model.head.stock
+        del model.head.loss, model.head.normalizer
+        model.head.__class__ = RetinaNetHead
     return model
 
 
-class RetinaNetLossHead(LossHead, RetinaNetHead):
-    """Stands in for a head, see :class:`LossHead`."""
+class RetinaNetLossHead(RetinaNetHead):
+    """A head with other losses.
+
+    A model's own becomes one by its ``__class__``, so that whatever it holds, now or later, stays
+    in its place.
+    """
+
+    loss: LossSum
+    normalizer: Normalizer
 
     def compute_loss(
         self,
@@ -102,7 +116,7 @@ class RetinaNetLossHead(LossHead, RetinaNetHead):
         # Mixed precision makes anchors of half precision.
         anchor = torch.stack(anchors).flatten(0, 1)[rows].to(deltas.dtype)
         boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
-        coder: BoxCoder = self.stock.regression_head.box_coder
+        coder: BoxCoder = self.regression_head.box_coder
         regression = box_losses(
             self.loss,
             deltas,
@@ -112,12 +126,11 @@ class RetinaNetLossHead(LossHead, RetinaNetHead):
             decode=partial(coder.decode_single, boxes=anchor),
         )
         self.loss.values = detached(classification, regression)
-        stock = self.stock
         return {
             "classification": total(classification)
             if classification
-            else stock.classification_head.compute_loss(targets, head_outputs, matched_idxs),
+            else self.classification_head.compute_loss(targets, head_outputs, matched_idxs),
             "bbox_regression": total(regression)
             if regression
-            else stock.regression_head.compute_loss(targets, head_outputs, anchors, matched_idxs),
+            else self.regression_head.compute_loss(targets, head_outputs, anchors, matched_idxs),
         }

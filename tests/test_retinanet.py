@@ -121,6 +121,26 @@ def test_a_sub_head_that_is_put_in_later_is_used(images, targets):
     assert restore_losses(model).head.classification_head is other
 
 
+class OwnHead(RetinaNetHead):
+    pass
+
+
+class OwnLoss(RetinaNet):
+    def compute_loss(self, targets, head_outputs, anchors):
+        return {}
+
+
+def test_what_computes_its_loss_by_itself_is_refused():
+    model = small_retinanet()
+    model.head.__class__ = OwnHead
+    with pytest.raises(TypeError, match="is a OwnHead, not torchvision's RetinaNetHead"):
+        use_losses(model, "giou+focal")
+    model = small_retinanet()
+    model.__class__ = OwnLoss
+    with pytest.raises(TypeError, match="OwnLoss has a compute_loss of its own"):
+        use_losses(model, "giou+focal")
+
+
 def test_undo_is_exact(images, targets):
     model = small_retinanet()
     head, keys = model.head, list(model.state_dict())

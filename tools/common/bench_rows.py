@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -180,7 +181,9 @@ def terms(device: torch.device) -> Rows:
 def retinanet(device: torch.device) -> Rows:
     """The whole loss of torchvision's RetinaNet, through the adapter and as it comes."""
     stock = RetinaNetHead(in_channels=8, num_anchors=1, num_classes=CLASSES).to(device)
-    head = RetinaNetLossHead(stock, build_loss("l1 + focal"), "image")
+    head = copy.deepcopy(stock)
+    head.__class__ = RetinaNetLossHead
+    head.loss, head.normalizer = build_loss("l1 + focal"), "image"
     logits = _logits(device, 2, ANCHORS, CLASSES)
     outputs = {"cls_logits": logits, "bbox_regression": _logits(device, 2, ANCHORS, 4)}
     boxes = torch.rand(ANCHORS, 4, device=device) * 500
