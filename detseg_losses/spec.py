@@ -56,7 +56,9 @@ def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
     except (SyntaxError, ValueError) as error:
         column = getattr(error, "offset", None) or 1
         raise _error(spec.strip(), column, "is not a loss string like 'giou + 0.5*l1'") from None
-    terms = [term for node in _summands(tree) for term in _terms(node, spec.strip(), defaults)]
+    terms = [
+        term for node in _summands(tree) for term in _terms(node, spec.strip(), kind, defaults)
+    ]
     unused = [key for key in defaults if not any(key in term.options for _, term in terms)]
     if unused:
         raise SpecError(f"no term of {spec!r} has the option {unused[0]!r}")
@@ -107,7 +109,9 @@ def _summands(node: ast.expr) -> Iterator[ast.expr]:
         yield node
 
 
-def _terms(node: ast.expr, spec: str, defaults: dict[str, Any]) -> list[tuple[Weight, Loss]]:
+def _terms(
+    node: ast.expr, spec: str, kind: Kind | None, defaults: dict[str, Any]
+) -> list[tuple[Weight, Loss]]:
     """The loss of one summand, or the losses of a sum that has a name."""
     weight: Weight = 1.0
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
@@ -125,6 +129,8 @@ def _terms(node: ast.expr, spec: str, defaults: dict[str, Any]) -> list[tuple[We
         hint = _nearest(call.id, LOSSES | SUMS)
         raise _error(spec, call.col_offset + 1, f"no loss {call.id!r}{hint}")
     cls = (LOSSES | SUMS)[call.id]
+    if kind is not None:
+        _check_kind(cls, call.id, kind)
     known = cls.defaults()
     options: dict[str, Any] = {}
     for keyword in keywords:
@@ -286,13 +292,8 @@ class LossSum(nn.Module):
             raise SpecError(f"{self!r}: reduction='none' has no meaning in a sum")
         shared = set.intersection(*(set(loss.kinds) for _, loss in terms))
         if kind is not None:
-            check_choice("kind", kind, Kind)
             for _, loss in terms:
-                if kind not in loss.kinds:
-                    raise SpecError(
-                        f"{loss.name!r} is a loss of {' or '.join(loss.kinds)}, not of {kind}; "
-                        f"of {kind} there are {', '.join(names_of_kind(kind))}"
-                    )
+                _check_kind(type(loss), loss.name, kind)
         self.kind = kind or next((each for each in get_args(Kind) if each in shared), None)
         self.groups = self._groups() if self.kind == "segmentation" else []
 
@@ -436,6 +437,7 @@ class NamedSum(LossSum):
     The options of its losses that its own do not decide are options of it.
     """
 
+    kinds: ClassVar[tuple[Kind, ...]] = ("segmentation",)
     parts: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -556,6 +558,15 @@ class UnifiedFocalLoss(NamedSum):
 
 SUMS: dict[str, type[NamedSum]] = {"combo": ComboLoss, "unified_focal": UnifiedFocalLoss}
 """The sums that have a name in a loss string."""
+
+
+def _check_kind(cls: type[Loss | NamedSum], name: str, kind: Kind) -> None:
+    check_choice("kind", kind, Kind)
+    if kind not in cls.kinds:
+        raise SpecError(
+            f"{name!r} is a loss of {' or '.join(cls.kinds)}, not of {kind}; "
+            f"of {kind} there are {', '.join(names_of_kind(kind))}"
+        )
 
 
 def names_of_kind(kind: Kind) -> list[str]:

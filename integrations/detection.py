@@ -55,7 +55,8 @@ def read_losses(
     eaten = [kind for kinds in roles.values() for kind in kinds]
     for name, _, term in loss.items():
         if not set(term.kinds) & set(eaten):
-            choices = ", ".join(other for kind in eaten for other in _names(kind, softmax))
+            names = [other for kind in eaten for other in _names(kind, softmax)]
+            choices = ", ".join(n for n in names if not (normalizer and LOSSES[n].of_batch))
             raise SpecError(f"{owner} has no use for {name!r}, it has for {choices}")
         if term.of_batch and normalizer is not None:
             raise SpecError(

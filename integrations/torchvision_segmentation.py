@@ -17,6 +17,7 @@ from detseg_losses.integrations.segmentation import (
     taken,
 )
 from detseg_losses.layout import Mode
+from detseg_losses.spec import SpecError
 
 with needs("torchvision"):
     from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
@@ -57,10 +58,17 @@ def use_losses(
         The model.
 
     Raises:
-        SpecError: on a string that cannot be read, or that does not fit the model or the mode.
+        SpecError: on a string that cannot be read, or that does not fit the model or the mode, and
+            where the auxiliary classifier has another number of classes.
     """
     classes = classes_of(model.classifier)
     loss = read_losses(spec, classes, mode=mode, ignore_index=ignore_index, **defaults)
+    auxiliary = getattr(model, "aux_classifier", None)
+    if auxiliary is not None and classes_of(auxiliary) != classes:
+        raise SpecError(
+            f"the classifier has {classes} class(es) and aux_classifier {classes_of(auxiliary)}; "
+            "replace both, or set model.aux_classifier = None"
+        )
     attach(model, loss, _take_masks, partial(_give_losses, aux_weight=aux_weight))
     return model
 

@@ -279,3 +279,18 @@ def test_a_batch_of_nothing_but_void_costs_nothing(images, masks):
     losses = model(images, torch.full_like(masks, 255))
     assert sum(losses.values()) == 0
     assert not any(gradient.any() for gradient in gradients(model, losses).values())
+
+
+def test_an_auxiliary_classifier_of_other_classes_is_refused():
+    model = small()
+    model.classifier = FCNHead(512, 1)
+    with pytest.raises(SpecError, match=r"classifier has 1 class.* aux_classifier 4"):
+        use_losses(model, "bce+dice")
+    model.aux_classifier = None
+    use_losses(model, "bce+dice")
+
+
+@pytest.mark.parametrize("spec", ["giou", "ce + l1"])
+def test_a_loss_of_boxes_is_refused_by_its_kind(spec):
+    with pytest.raises(SpecError, match=r"is a loss of .*, not of segmentation; .* dice"):
+        use_losses(small(), spec)

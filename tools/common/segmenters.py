@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Container, Sequence
 from inspect import signature
 from pathlib import Path
@@ -48,6 +49,11 @@ def build_segmenter(
             f"{', '.join(classes[:10])}"
         )
     channels = 1 if model.mode == "binary" else len(classes)
+    known = [*smp.MODEL_ARCHITECTURES_MAPPING, *list_models(module=segmentation), *SEGFORMERS]
+    if model.name.lower() not in known:
+        close = difflib.get_close_matches(model.name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise UsageError(f"there is no model {model.name}; {hint}")
     name = f"model {model.name}"
     try:
         if model.name in SEGFORMERS:
