@@ -76,7 +76,7 @@ def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
     Args:
         model: a detector whose class this module adapts, before it is wrapped for several
             processes.
-        spec: a loss string, for example ``"focal + 5*smooth_l1 + 2*ciou"``. DETR, YOLOS and Table
+        spec: a loss string, for example ``"focal + 5*l1 + 2*ciou"``. DETR, YOLOS and Table
             Transformer have a softmax with "no object" as the last class, which ``eos_coefficient``
             weighs: there ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``. Where
             classes are sigmoids ``varifocal`` and ``quality_focal`` learn the IoU of the box.

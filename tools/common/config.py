@@ -104,7 +104,8 @@ class DetectorConfig:
             masks and Keypoint R-CNN keypoints, too, from COCO's annotations; judged are the boxes.
         backbone: Backbone of retinanet; small is trained from scratch in a minute or two.
         weights: none, DEFAULT (the usual pretrained weights, downloaded), or a file with the state
-            dict of a backbone or of a whole model, or a checkpoint of these tools.
+            dict of a backbone or of a whole model, or a checkpoint of these tools. All layers are
+            trained, batch norms too, of which torchvision freezes some beside such weights.
         anchors: Sides in pixels of the square anchors, one for each pyramid level (3 to 5 levels,
             the first at stride 8); each comes in 3 scales and 3 proportions. By default
             16, 32, ... for retinanet, and torchvision's own for its complete models.
