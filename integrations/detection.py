@@ -11,7 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from detseg_losses.base import LOSSES, Kind, Loss, check_choice, processes, world_sum
+from detseg_losses.base import (
+    LOSSES,
+    Kind,
+    Loss,
+    check_choice,
+    compute_dtype,
+    processes,
+    rows_where,
+    world_sum,
+)
 from detseg_losses.pixels import PixelLoss
 from detseg_losses.spec import LossSum, SpecError, Weight, build_loss, names_of_kind
 
@@ -177,6 +186,41 @@ def of_matches(key: str, targets: list[dict[str, Tensor]], matched_idxs: list[Te
         nothing = values.new_zeros(1, *values.shape[1:])
         found.append(torch.cat((values, nothing))[matched.clamp(min=-1)])
     return torch.stack(found)
+
+
+class Positives:
+    """The anchors that have an object; off the CPU all of them, the others with a factor of 0.
+
+    Args:
+        targets: of each image ``boxes`` ``(G, 4)`` and ``labels`` ``(G,)``.
+        anchors: of each image ``(A, 4)``.
+        matched_idxs: of each image ``(A,)``: which object, below 0 none.
+        factor: what the anchors of each image count, ``(B, 1)``.
+
+    Attributes:
+        anchors: of all images, ``(N, 4)``.
+        boxes: the objects', ``(N, 4)``; without an object the anchor itself.
+        factors: what each counts, ``(N,)``.
+    """
+
+    def __init__(
+        self,
+        targets: list[dict[str, Tensor]],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+        factor: Tensor,
+    ) -> None:
+        foreground = torch.stack(matched_idxs) >= 0
+        self._rows = rows_where(foreground.flatten())
+        self.anchors = self.of(torch.stack(anchors))  # mixed precision makes them half precision
+        boxes = self.of(of_matches("boxes", targets, matched_idxs))
+        self.boxes = torch.where(self.of(foreground).unsqueeze(-1) > 0, boxes, self.anchors)
+        self.factors = self.of(foreground * factor)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Values ``(B, A, ...)`` of these anchors, ``(N, ...)``."""
+        values = values.flatten(0, 1)[self._rows]
+        return values.to(compute_dtype(values.dtype))
 
 
 def box_losses(

@@ -7,9 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from detseg_losses.base import compute_dtype, divide, rows_where
+from detseg_losses.base import divide
 from detseg_losses.integrations.detection import (
     Normalizer,
+    Positives,
     Roles,
     box_losses,
     check_own,
@@ -122,30 +123,22 @@ class FCOSLossHead(FCOSHead):
             value = term(head_outputs["cls_logits"], labels, weight=factor, reduction="sum")
             classification[name] = self.loss.weighted(name, value)
 
-        rows = rows_where(foreground.flatten())
-        deltas = head_outputs["bbox_regression"].flatten(0, 1)[rows]
-        deltas = deltas.to(compute_dtype(deltas.dtype))
-        # Mixed precision makes anchors of half precision.
-        anchor = torch.stack(anchors).flatten(0, 1)[rows].to(deltas.dtype)
-        boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
-        boxes = torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor)
-        factors = (foreground * factor).flatten()[rows]
+        found = Positives(targets, anchors, matched_idxs, factor)
         coder: BoxLinearCoder = self.box_coder
         regression = box_losses(
             self.loss,
-            deltas,
-            boxes,
-            factors,
-            encode=partial(coder.encode, anchor),
-            decode=partial(coder.decode, boxes=anchor),
+            found.of(head_outputs["bbox_regression"]),
+            found.boxes,
+            found.factors,
+            encode=partial(coder.encode, found.anchors),
+            decode=partial(coder.decode, boxes=found.anchors),
         )
 
-        logits = head_outputs["bbox_ctrness"].flatten(0, 1)[rows]
-        logits = logits.to(compute_dtype(logits.dtype))
-        aim = centerness_of(coder.encode(anchor, boxes)).to(logits.dtype).unsqueeze(-1)
+        logits = found.of(head_outputs["bbox_ctrness"])
+        aim = centerness_of(coder.encode(found.anchors, found.boxes)).unsqueeze(-1)
         centerness = {}
         for name, _, term in self.centerness.items():
-            value = term(logits, aim, weight=factors, reduction="sum")
+            value = term(logits, aim, weight=found.factors, reduction="sum")
             centerness[name] = self.centerness.weighted(name, value)
 
         self.loss.values = detached(classification, regression)

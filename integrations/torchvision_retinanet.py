@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from detseg_losses.base import compute_dtype, rows_where
 from detseg_losses.integrations.detection import (
     Normalizer,
+    Positives,
     Roles,
     box_losses,
     check_own,
@@ -110,20 +110,15 @@ class RetinaNetLossHead(RetinaNetHead):
             value = term(head_outputs["cls_logits"], labels, weight=factor, reduction="sum")
             classification[name] = self.loss.weighted(name, value)
 
-        rows = rows_where(foreground.flatten())
-        deltas = head_outputs["bbox_regression"].flatten(0, 1)[rows]
-        deltas = deltas.to(compute_dtype(deltas.dtype))
-        # Mixed precision makes anchors of half precision.
-        anchor = torch.stack(anchors).flatten(0, 1)[rows].to(deltas.dtype)
-        boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
+        found = Positives(targets, anchors, matched_idxs, factor)
         coder: BoxCoder = self.regression_head.box_coder
         regression = box_losses(
             self.loss,
-            deltas,
-            torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor),
-            (foreground * factor).flatten()[rows],
-            encode=partial(coder.encode_single, proposals=anchor),
-            decode=partial(coder.decode_single, boxes=anchor),
+            found.of(head_outputs["bbox_regression"]),
+            found.boxes,
+            found.factors,
+            encode=partial(coder.encode_single, proposals=found.anchors),
+            decode=partial(coder.decode_single, boxes=found.anchors),
         )
         self.loss.values = detached(classification, regression)
         return {

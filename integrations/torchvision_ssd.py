@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from detseg_losses.base import compute_dtype, rows_where
 from detseg_losses.integrations.detection import (
     Normalizer,
+    Positives,
     Roles,
     box_losses,
     detached,
@@ -24,6 +24,7 @@ from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
 
 with needs("torchvision"):
+    from torchvision.models.detection._utils import BoxCoder
     from torchvision.models.detection.ssd import SSD
 
 ROLES: Roles = {
@@ -117,19 +118,15 @@ class SSDWithLosses(SSD):
             sums = sum_with_hardest(each.view_as(labels), foreground, self.neg_to_pos_ratio)
             classification[name] = self.loss.weighted(name, (sums * factor).sum())
 
-        rows = rows_where(foreground.flatten())
-        deltas = head_outputs["bbox_regression"].flatten(0, 1)[rows]
-        deltas = deltas.to(compute_dtype(deltas.dtype))
-        # Mixed precision makes anchors of half precision.
-        anchor = torch.stack(anchors).flatten(0, 1)[rows].to(deltas.dtype)
-        boxes = of_matches("boxes", targets, matched_idxs).flatten(0, 1)[rows]
+        found = Positives(targets, anchors, matched_idxs, factor)
+        coder: BoxCoder = self.box_coder
         regression = box_losses(
             self.loss,
-            deltas,
-            torch.where(foreground.flatten()[rows].unsqueeze(-1), boxes, anchor),
-            (foreground * factor).flatten()[rows],
-            encode=partial(self.box_coder.encode_single, proposals=anchor),
-            decode=partial(self.box_coder.decode_single, boxes=anchor),
+            found.of(head_outputs["bbox_regression"]),
+            found.boxes,
+            found.factors,
+            encode=partial(coder.encode_single, proposals=found.anchors),
+            decode=partial(coder.decode_single, boxes=found.anchors),
         )
 
         self.loss.values = detached(classification, regression)

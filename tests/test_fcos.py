@@ -264,9 +264,7 @@ def test_all_rows_with_weights_of_0_give_what_the_chosen_rows_give(monkeypatch):
     gradients = [output.grad.clone() for output in outputs.values()]
     for output in outputs.values():
         output.grad = None
-    monkeypatch.setattr(
-        "detseg_losses.integrations.torchvision_fcos.rows_where", lambda mask: slice(None)
-    )
+    monkeypatch.setattr("detseg_losses.integrations.detection.rows_where", lambda mask: slice(None))
     dense = model.head.compute_loss(targets, outputs, anchors, matched)
     sum(dense.values()).backward()
     torch.testing.assert_close(dense, losses)

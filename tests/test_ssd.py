@@ -320,9 +320,7 @@ def test_all_rows_with_weights_of_0_give_what_the_chosen_rows_give(images, targe
     """As a device computes it that would have to wait for the number of positives."""
     model = use_losses(small_ssd(), "giou+l1+ce")
     chosen = run(model, images, targets)
-    monkeypatch.setattr(
-        "detseg_losses.integrations.torchvision_ssd.rows_where", lambda mask: slice(None)
-    )
+    monkeypatch.setattr("detseg_losses.integrations.detection.rows_where", lambda mask: slice(None))
     assert_equal(chosen, run(model, images, targets))
 
 
