@@ -156,7 +156,9 @@ class LossTrainer(BaseTrainer):
 
 
 def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
-    r"""Let a YOLO model train with other losses, in place; :func:`trainer` does so for a whole run.
+    r"""Let a YOLO model train with other losses, in place, in a training loop of your own.
+
+    ``YOLO(...).train`` makes a new model, and wants a :func:`trainer`.
 
     Terms go by their kind. Classification terms take the place of the BCE, box terms (on decoded
     boxes, in pixels of the network's input) that of the CIoU, ``dfl`` that of the distribution
@@ -187,7 +189,10 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
     """
     losses = _read(spec)
     if isinstance(getattr(model, "args", {}), dict):
-        raise ValueError("the model has no options yet: model.args = ultralytics.cfg.get_cfg()")
+        raise ValueError(
+            "the model has no options yet: model.args = ultralytics.cfg.get_cfg() for a loop of "
+            "your own; YOLO(...).train makes a new model, and takes trainer=yolo.trainer(spec)"
+        )
     criterion: Any = getattr(model, "criterion", None) or model.init_criterion()
     for branch in _branches(criterion):
         _check_fit(losses, model, branch)

@@ -369,6 +369,16 @@ def test_models_of_other_tasks():
         yolo.trainer("gious+focal")
 
 
+def test_a_yolo_is_trained_by_a_trainer():
+    """What it holds is not the model that its train() trains."""
+    wrapper = YOLO("yolo11n.yaml")
+    for verb in (lambda model: use_losses(model, "giou+focal"), restore_losses):
+        with pytest.raises(TypeError, match=r"train\(trainer=detseg_losses.integrations.yolo"):
+            verb(wrapper)
+    with pytest.raises(ValueError, match=r"get_cfg\(\) for .* takes trainer=yolo.trainer"):
+        use_losses(wrapper.model, "giou+focal")
+
+
 def test_trainers_are_found_by_name():
     cls = yolo._trainer_class("segment", "giou+0.5*focal; mask: dice")
     assert pickle.loads(pickle.dumps(cls)) is cls
