@@ -477,6 +477,60 @@ def test_converted_labels(data):
     assert not (data / "segment/images/train/more/11.png").is_symlink()
 
 
+@pytest.fixture
+def faulty(tmp_path):
+    """A data set of which a single object is sound, and two if outlines do not matter."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train").mkdir()
+    names = ["0.png", "0.jpg", "1.png"]  # two for one label file, and one of another size
+    for name in names:
+        Image.new("RGB", (64, 64)).save(tmp_path / "train" / name)
+    images = [
+        {"id": index, "file_name": name, "width": 64 << (index == 2), "height": 64}
+        for index, name in enumerate(names)
+    ]
+    sound = {
+        "image_id": 0,
+        "category_id": 1,
+        "bbox": [2, 2, 8, 8],
+        "segmentation": [square(2, 2, 8)],
+    }
+    outlines = [
+        square(9, 9, 9),
+        [None],
+        [["1", "2"] * 4],
+        None,
+        [[1, 2, 3, 4]],
+        [[float("nan")] * 6],
+    ]
+    annotations = [
+        sound,
+        sound | {"image_id": 1},
+        sound | {"image_id": 2},
+        sound | {"image_id": [0]},
+        sound | {"category_id": [1]},
+        sound | {"bbox": [2, 2, "wide", 8]},
+        *(sound | {"bbox": [9, 9, 9, 9], "segmentation": outline} for outline in outlines),
+        sound | {"bbox": [9, 9, 9, 9], "segmentation": {"size": [9, 9], "counts": [81]}},
+    ]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_faulty_data_is_left_out_and_listed(faulty):
+    for segments, count in (("false", 5), ("true", 12)):
+        output = faulty / segments
+        said = tool("--data", faulty, "--output", output, f"--segments={segments}")
+        assert said.returncode == 0, said.stderr
+        assert f"{count} faults" in said.stdout
+        assert "1 x image is not of the size that the file states" in said.stdout
+        assert "1 x image would share the label file of an image before it" in said.stdout
+        assert [file.name for file in (output / "images/train").iterdir()] == ["0.png"]
+        (file,) = (output / "labels/train").iterdir()
+        assert len(labels(file)) == (1 if segments == "true" else 2)
+
+
 def test_errors_of_the_converter_are_one_line(coco, tmp_path):
     said = tool("--data", coco, "--output", tmp_path / "new", "--train", "test")
     assert said.returncode == 2
