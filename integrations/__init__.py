@@ -138,7 +138,7 @@ def _adapter(model: nn.Module) -> ModuleType:
             return import_module(f"{__name__}.{name}")
     if any(cls.__module__ == "ultralytics.engine.model" for cls in type(model).__mro__):
         raise TypeError(
-            f"{type(model).__name__} makes a new model when it trains, which is to be told: "
+            f"{type(model).__name__} makes a new model when it trains; give that the losses: "
             'YOLO(...).train(trainer=detseg_losses.integrations.yolo.trainer("giou+focal"), ...)'
         )
     known = ", ".join(sorted(ADAPTERS))
