@@ -1,5 +1,6 @@
 """The Ultralytics adapter: its own numbers at its own losses, any losses else, in whole runs."""
 
+import contextlib
 import copy
 import csv
 import io
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from ultralytics.nn.tasks import DetectionModel, OBBModel, SegmentationModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
 
+import coco_to_yolo
 import detseg_losses
 from detseg_losses import SpecError
 from detseg_losses.integrations import restore_losses, use_losses, yolo
@@ -391,12 +394,20 @@ def test_trainers_are_found_by_name():
 
 
 def tool(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / "coco_to_yolo.py", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    """The converter within this process, for a new one imports for seconds."""
+    said = SimpleNamespace(returncode=0)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+    ):
+        patch.setattr(sys, "argv", ["coco_to_yolo.py", *map(str, arguments)])
+        try:
+            coco_to_yolo.main()
+        except SystemExit as end:
+            said.returncode = end.code
+    said.stdout, said.stderr = stdout.getvalue(), stderr.getvalue()
+    return said
 
 
 def square(x, y, side):
