@@ -31,6 +31,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel, OBBModel, SegmentationModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
+from ultralytics.utils.torch_utils import ModelEMA
 
 import coco_to_yolo
 import detseg_losses
@@ -564,9 +565,11 @@ def test_real_data_converted(data_root, tmp_path):
 # --- whole runs ---
 
 
-def train(data, folder, name="yolo11n.yaml", spec=None, **options):
+def train(data, folder, name="yolo11n.yaml", spec=None, callbacks=None, **options):
     """An epoch on the small data set, its results by column, and its trainer."""
     model = YOLO(name)
+    for event, callback in (callbacks or {}).items():
+        model.add_callback(event, callback)
     model.train(
         data=str(data / ("segment" if "seg" in name else "detect") / "data.yaml"),
         imgsz=64,
@@ -605,8 +608,14 @@ def test_a_run_with_the_stock_losses_is_the_stock_run(name, options, data, tmp_p
 
 def test_a_run_with_other_losses(data, tmp_path, messages):
     """It trains, validates with its own losses, and leaves a stock checkpoint."""
+
+    def renew(trainer):  # as Ultralytics does when it recovers from a NaN
+        trainer.ema = ModelEMA(trainer.model, updates=trainer.ema.updates)
+
     spec = "giou+ramp(1, 2, steps=4)*focal; mask: bce+dice"
-    results, trainer = train(data, tmp_path, "yolo11n-seg.yaml", spec)
+    callbacks = {"on_train_epoch_end": renew}
+    results, trainer = train(data, tmp_path, "yolo11n-seg.yaml", spec, callbacks)
+    assert trainer.ema.ema.criterion is trainer.model.criterion
     assert any("box_loss giou, seg_loss bce+dice, cls_loss focal" in m for m in messages.messages)
     assert results["val/cls_loss"][0] < 1
     assert np.isfinite(sum(results["train/seg_loss"]))
