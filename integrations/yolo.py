@@ -47,15 +47,6 @@ SIDES = ("dfl_loss", "l1_loss")
 """Of the distances to the sides of a box: one for heads that predict distributions, one for others.
 """
 
-GAINS = {
-    "cls_loss": "cls",
-    "box_loss": "box",
-    "dfl_loss": "dfl",
-    "l1_loss": "dfl",
-    "seg_loss": "box",
-}
-"""The option of Ultralytics that each loss is multiplied by."""
-
 TRAINERS = {"detect": DetectionTrainer, "segment": SegmentationTrainer}
 """Ultralytics' own trainer of each task."""
 
@@ -178,8 +169,8 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
     The values are normalised as Ultralytics does: those of anchors are weighted by their target
     scores and divided by the sum of these, those of masks are averaged over the positive anchors,
     where a loss of pixels is divided by the area of the box. Its gains ``box``, ``cls`` and ``dfl``
-    then apply. In the first batch the values are compared with the stock losses, and where they
-    are of another scale a warning names the gain that wants to be changed.
+    then apply. In the first batch with objects the values are compared with the stock losses, and
+    where they are of another scale a warning names the terms that want another weight.
 
     Args:
         model: a detection or segmentation model with Ultralytics' options as its ``args``.
@@ -208,11 +199,10 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
     restore_losses(model)
     for index, branch in enumerate(_branches(criterion)):
         compare = index == 0 and RANK in (-1, 0)
-        branch.bce = ClassTerms(branch, branch.bce, losses, compare)
-        branch.bbox_loss = BoxTerms(branch, branch.bbox_loss, losses, compare)
+        branch.bce = ClassTerms(branch.bce, losses, compare)
+        branch.bbox_loss = BoxTerms(branch.bbox_loss, losses, compare)
         if "mask" in losses:
-            stock = branch.single_mask_loss
-            branch.single_mask_loss = MaskTerms(branch, stock, losses, compare)
+            branch.single_mask_loss = MaskTerms(branch.single_mask_loss, losses, compare)
     criterion.losses = {stage: loss.adapt(model) for stage, loss in losses.items()}
     return model
 
@@ -313,15 +303,14 @@ class _Terms(nn.Module):
     """Stands in for a part of a criterion.
 
     Args:
-        branch: the criterion.
-        stock: that part of it.
+        stock: that part.
         losses: what to compute.
-        compare: say in the first batch where a value is of another scale than the stock one.
+        compare: say in the first batch with objects where a value is of another scale than the
+            stock one.
     """
 
-    def __init__(self, branch: Any, stock: Any, losses: Losses, compare: bool) -> None:
+    def __init__(self, stock: Any, losses: Losses, compare: bool) -> None:
         super().__init__()
-        self.hyp = branch.hyp
         self.stock = stock
         self.losses: Any = nn.ModuleDict(losses)
         self.compare = compare
@@ -330,10 +319,11 @@ class _Terms(nn.Module):
         """Warn where a role is of another scale than it was."""
         ratio = float(divide(ours.detach(), stock.detach()))
         if ratio > 0 and not 1 / UNLIKE < ratio < UNLIKE:
-            gain = f"{GAINS[role]}={getattr(self.hyp, GAINS[role]):g}"
+            names = " and ".join(name for name, _ in _terms(self.losses, role))
             LOGGER.warning(
-                f"{role} is {ratio:.2g} times the stock loss in the first batch: "
-                f"think of a {'larger' if ratio < 1 else 'smaller'} gain than {gain}"
+                f"{role} is {ratio:.2g} times the stock loss in the first batch with objects: "
+                f"think of a {'larger' if ratio < 1 else 'smaller'} weight of {names} in the "
+                "loss string"
             )
 
 
@@ -353,7 +343,7 @@ class ClassTerms(_Terms):
             values[name] = loss.weighted(name, term(logits, targets, reduction="none"))
             loss.values[name] = values[name].detach().sum() / count
         each = total(values)
-        if self.compare:
+        if self.compare and targets.any():
             self.compare = False
             stock = self.stock(logits.detach(), targets)
             self.check_scale("cls_loss", each.sum(), stock.sum())
@@ -376,7 +366,8 @@ class BoxTerms(_Terms):
         sides = "dfl_loss" if self.stock.dfl_loss else "l1_loss"
         terms = {role: _terms(self.losses, role) for role in ("box_loss", sides)}
         found = {}
-        if self.compare or not all(terms.values()):
+        compare = self.compare and bool(inputs[6].any())
+        if compare or not all(terms.values()):
             found = dict(zip(terms, self.stock(*inputs), strict=True))
         if any(terms.values()):
             loss = self.losses["detection"]
@@ -390,10 +381,11 @@ class BoxTerms(_Terms):
                     loss.values[name] = values[name].detach()
                 if values:
                     ours = total(values)
-                    if self.compare:
+                    if compare:
                         self.check_scale(role, ours, found[role])
                     found[role] = ours
-            self.compare = False
+            if compare:
+                self.compare = False
         return found["box_loss"], found[sides]
 
     def _pairs(
@@ -461,7 +453,7 @@ class MaskTerms(_Terms):
             more = values[name].detach() - len(masks) * before
             loss.values[name] = before + more / self.seen
         result = total(values)
-        if self.compare:
+        if self.compare and len(masks):
             self.compare = False
             stock = self.stock(masks, coefficients.detach(), prototypes.detach(), boxes, area)
             self.check_scale("seg_loss", result, stock)

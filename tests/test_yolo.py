@@ -279,18 +279,23 @@ def messages(caplog):
     LOGGER.removeHandler(caplog.handler)
 
 
-def test_another_scale_is_told_once(batch, messages):
+def test_another_scale_is_told_once(batch, nothing, messages):
     model = use_losses(small_model(), "0.2*giou+focal+5*dfl")
-    for _ in range(2):
-        run(model, batch)
+    for inputs in (nothing, batch, batch):
+        run(model, inputs)
     told = [line for line in messages.messages if "first batch" in line]
     assert len(told) == 3
-    assert re.search(r"cls_loss is 0\.0\d+ times .* larger gain than cls=0\.5", told[0])
-    assert re.search(r"box_loss is 0\.2 times .* larger gain than box=7\.5", told[1])
-    assert re.search(r"dfl_loss is 5 times .* smaller gain than dfl=1\.5", told[2])
+    assert re.search(r"cls_loss is 0\.0\d+ times .* larger weight of focal in", told[0])
+    assert re.search(r"box_loss is 0\.2 times .* larger weight of giou in", told[1])
+    assert re.search(r"dfl_loss is 5 times .* smaller weight of dfl in", told[2])
     messages.clear()
     run(use_losses(model, "ciou+bce"), batch)
     assert not messages.messages
+    model = use_losses(small_model("yolo11n-seg.yaml"), "ciou+bce; mask: 0.1*bce+0.1*bce")
+    for inputs in (nothing, batch):
+        run(model, inputs)
+    (told,) = (line for line in messages.messages if "first batch" in line)
+    assert re.search(r"seg_loss is 0\.2 times .* larger weight of bce and bce_2 in", told)
 
 
 @pytest.mark.parametrize(
