@@ -173,7 +173,8 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
     where they are of another scale a warning names the terms that want another weight.
 
     Args:
-        model: a detection or segmentation model with Ultralytics' options as its ``args``.
+        model: a detection or segmentation model, on its device, with Ultralytics' options as its
+            ``args``; where one of these changes, apply this again.
         spec: a loss string, for example ``"giou+focal"`` or ``"ciou+bce; mask: bce+dice"``.
 
     Returns:
@@ -192,11 +193,15 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
             "the model has no options yet: model.args = ultralytics.cfg.get_cfg() for a loop of "
             "your own; YOLO(...).train makes a new model, and takes trainer=yolo.trainer(spec)"
         )
-    criterion: Any = getattr(model, "criterion", None) or model.init_criterion()
+    criterion: Any = getattr(model, "criterion", None)
+    made = criterion is None or getattr(criterion, "made", False)
+    if made:
+        criterion = _new_criterion(model, criterion)
     for branch in _branches(criterion):
         _check_fit(losses, model, branch)
-    model.criterion = criterion
     restore_losses(model)
+    model.criterion = criterion
+    criterion.made = made
     for index, branch in enumerate(_branches(criterion)):
         compare = index == 0 and RANK in (-1, 0)
         branch.bce = ClassTerms(branch.bce, losses, compare)
@@ -214,8 +219,18 @@ def restore_losses(model: DetectionModel) -> DetectionModel:
         for branch in _branches(criterion):
             branch.bce, branch.bbox_loss = branch.bce.stock, branch.bbox_loss.stock
             branch.__dict__.pop("single_mask_loss", None)
-        del criterion.losses
+        if criterion.made:
+            model.criterion = None
+        del criterion.losses, criterion.made
     return model
+
+
+def _new_criterion(model: DetectionModel, old: Any) -> Any:
+    """A criterion of the model as it is now, which goes on in the schedule of an old one."""
+    criterion = model.init_criterion()
+    if isinstance(old, E2ELoss):
+        criterion.updates, criterion.o2m, criterion.o2o = old.updates, old.o2m, old.o2o
+    return criterion
 
 
 def _branches(criterion: Any) -> list[Any]:

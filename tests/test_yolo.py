@@ -195,6 +195,25 @@ def test_undo_is_exact(name, batch):
     restore_losses(model)
 
 
+@pytest.mark.parametrize("name", ["yolo11n.yaml", "yolo26n.yaml"])
+def test_undo_leaves_no_criterion_where_none_was(name, batch):
+    model = small_model(name)
+    use_losses(use_losses(model, "giou+bce"), "giou+focal")
+    assert restore_losses(model).criterion is None
+
+
+def test_changed_options_count_after_use_losses(batch):
+    """And an end-to-end head goes on in its schedule."""
+    model = use_losses(small_model("yolo26n.yaml"), "giou+bce")
+    model.criterion.update()
+    share = model.criterion.o2m
+    before, _ = run(model, batch)
+    model.args = get_cfg(overrides={"box": 2 * model.args.box})
+    after, _ = run(use_losses(model, "giou+bce"), batch)
+    torch.testing.assert_close(after["box_loss"], 2 * before["box_loss"])
+    assert (model.criterion.updates, model.criterion.o2m) == (1, share)
+
+
 def test_copies_keep_the_losses(batch):
     spec = "giou+focal(alpha=[.1,.2,.3,.4,.5]); mask: bce+dice"
     model = use_losses(small_model("yolo26n-seg.yaml"), spec)
