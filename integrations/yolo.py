@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 
 from detseg_losses.base import Loss, compute_dtype, divide, rows_where
 from detseg_losses.integrations.detection import FIXED, Roles, read_losses, terms_of, total
-from detseg_losses.spec import LossSum, SpecError, build_loss
+from detseg_losses.spec import LossSum, SpecError, build_loss, read_stages
 
 ROLES: Roles = {
     "cls_loss": ("classification",),
@@ -242,23 +242,22 @@ def _branches(criterion: Any) -> list[Any]:
 
 def _read(spec: str) -> Losses:
     """The sums of a string such as ``"giou+focal; mask: bce+dice"``."""
+    head, stages = spec.partition(";")[0], ("detection", "mask")
+    if ":" in head:
+        parts = read_stages(spec, stages, "YOLO")
+    else:
+        parts = {"detection": head} | read_stages(spec[len(head) :], stages[1:], "YOLO")
     losses: Losses = {}
-    for part in spec.split(";"):
-        name, colon, terms = part.partition(":")
-        stage = name.strip() if colon else "detection"
-        if stage in losses or stage != ("mask" if colon else "detection"):
-            raise SpecError(
-                f"loss {spec!r}: {stage!r} is not expected; losses of a detector may be followed "
-                "by those of its masks, as in 'giou+focal; mask: bce+dice'"
-            )
-        if stage == "mask":
-            losses[stage] = _read_masks(terms)
-        else:
-            # Of the sides of boxes most strings say nothing, and mean no change.
-            spoken = [role for role in SIDES if terms_of(build_loss(part), ROLES[role])]
-            roles = {role: ROLES[role] for role in ("cls_loss", "box_loss", *spoken)}
-            losses[stage] = read_losses(part, "YOLO", roles, "batch")
-        for name, weight, _ in losses[stage].items():
+    if "detection" in parts:
+        # Of the sides of boxes most strings say nothing, and mean no change.
+        stated = build_loss(parts["detection"])
+        spoken = [role for role in SIDES if terms_of(stated, ROLES[role])]
+        roles = {role: ROLES[role] for role in ("cls_loss", "box_loss", *spoken)}
+        losses["detection"] = read_losses(parts["detection"], "YOLO", roles, "batch")
+    if "mask" in parts:
+        losses["mask"] = _read_masks(parts["mask"])
+    for loss in losses.values():
+        for name, weight, _ in loss.items():
             if weight == "learned":
                 raise SpecError(f"{name!r}: Ultralytics' optimizer does not know learned weights")
     return losses

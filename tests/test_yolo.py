@@ -332,8 +332,10 @@ def test_another_scale_is_told_once(batch, nothing, messages):
         ("yolo11n-seg.yaml", "giou+focal; mask: giou", "'giou' is a loss of boxes"),
         ("yolo11n-seg.yaml", "giou+focal; mask: ce", "no use for 'ce'.*bce"),
         ("yolo11n-seg.yaml", "giou+focal; mask: ghm", "'ghm' is a mean by nature"),
-        ("yolo11n-seg.yaml", "giou+focal; masks: dice", "'masks' is not expected"),
-        ("yolo11n-seg.yaml", "giou+focal; dice", "'detection' is not expected"),
+        ("yolo11n-seg.yaml", "giou+focal; masks: dice", "column 3.*did you mean 'mask'"),
+        ("yolo11n-seg.yaml", "giou+focal; dice", "column 3.*as in 'mask: dice'"),
+        ("yolo11n-seg.yaml", "mask: dice; giou", "column 13.*as in 'detection: giou'"),
+        ("yolo11n-seg.yaml", "giou; mask: bce; mask: dice", "'mask' is given twice"),
     ],
 )
 def test_an_unsuitable_loss_is_one_clear_line_and_changes_nothing(name, spec, message):
