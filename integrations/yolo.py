@@ -13,7 +13,7 @@ try:
     from ultralytics.engine.trainer import BaseTrainer
     from ultralytics.models.yolo.detect import DetectionTrainer
     from ultralytics.models.yolo.segment import SegmentationTrainer
-    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.nn.tasks import DetectionModel, yaml_model_load
     from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
     from ultralytics.utils.loss import (
         BboxLoss,
@@ -49,6 +49,9 @@ SIDES = ("dfl_loss", "l1_loss")
 
 TRAINERS = {"detect": DetectionTrainer, "segment": SegmentationTrainer}
 """Ultralytics' own trainer of each task."""
+
+OTHERS = ("RTDETR", "World", "YOLOE")
+"""How the names of heads begin that have a task of these, and need other trainers."""
 
 UNLIKE = 2.0
 """A role that changes by more than this factor has another share of the whole loss."""
@@ -90,7 +93,7 @@ def _start(
 def _trainer_class(task: str, spec: str) -> type[LossTrainer]:
     name = f"{task}_trainer_{spec.encode().hex()}"
     content = {"__module__": __name__, "spec": spec}
-    return type(name, (LossTrainer, TRAINERS[task]), content)
+    return type(name, (_Trainer, TRAINERS[task]), content)
 
 
 def __getattr__(name: str) -> Any:
@@ -152,6 +155,17 @@ class LossTrainer(BaseTrainer):
         # Ultralytics counts them for its moving average, and keeps the count in checkpoints.
         for loss in self.losses.values():
             loss.load_state_dict({"step": torch.tensor(self.ema.updates)}, strict=False)
+
+
+class _Trainer(LossTrainer):
+    """What :func:`trainer` mixes in: Ultralytics' own trainers do not know every detector."""
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
+        layers = (cfg if isinstance(cfg, dict) else yaml_model_load(cfg))["head"]
+        head = layers[-1][2]
+        if head.startswith(OTHERS):
+            raise TypeError(f"the model has the head {head}; losses are put into those of YOLO")
+        return super().get_model(cfg=cfg, weights=weights, verbose=verbose)
 
 
 def use_losses(model: DetectionModel, spec: str) -> DetectionModel:

@@ -399,6 +399,24 @@ def test_models_of_other_tasks():
         yolo.trainer("gious+focal")
 
 
+def test_a_loss_string_may_name_its_parts():
+    def terms(spec):
+        return {stage: loss.names for stage, loss in yolo._read(spec).items()}
+
+    both = {"detection": ["giou", "focal"], "mask": ["dice"]}
+    assert terms("giou+focal; mask: dice;") == both
+    assert terms("detection: giou+focal; mask: dice") == both
+    assert terms("giou+focal;") == {"detection": ["giou", "focal"]}
+    assert terms("mask: dice") == {"mask": ["dice"]}
+
+
+def test_detectors_with_heads_of_another_kind():
+    """They say that their task is one of YOLO's."""
+    for name, head in (("rtdetr-l", "RTDETRDecoder"), ("yolov8s-worldv2", "WorldDetect")):
+        with pytest.raises(TypeError, match=f"has the head {head}; losses are put into those of"):
+            yolo._trainer_class("detect", "giou+focal").get_model(None, f"{name}.yaml")
+
+
 def test_a_yolo_is_trained_by_a_trainer():
     """What it holds is not the model that its train() trains."""
     wrapper = YOLO("yolo11n.yaml")
