@@ -412,8 +412,8 @@ class BoxTerms(_Terms):
                     if compare:
                         self.check_scale(role, ours, found[role])
                     found[role] = ours
-            if compare:
-                self.compare = False
+        if compare:
+            self.compare = False
         return found["box_loss"], found[sides]
 
     def _pairs(

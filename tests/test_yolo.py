@@ -384,6 +384,10 @@ def test_a_role_without_a_term_stays_and_says_so(batch):
     ours, _ = run(model, batch)
     assert torch.equal(ours["cls_loss"], stock["cls_loss"])
     assert ours["box_loss"] != stock["box_loss"]
+    with pytest.warns(UserWarning, match="'box_loss' stays as it is"):
+        use_losses(model, "focal")
+    run(model, batch)
+    assert not model.criterion.bbox_loss.compare  # which would wait for the device in each step
 
 
 def test_models_of_other_tasks():
