@@ -136,5 +136,10 @@ def _adapter(model: nn.Module) -> ModuleType:
         name = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if name is not None:
             return import_module(f"{__name__}.{name}")
+    if any(cls.__module__ == "ultralytics.engine.model" for cls in type(model).__mro__):
+        raise TypeError(
+            f"{type(model).__name__} makes a new model when it trains; give that the losses: "
+            'YOLO(...).train(trainer=detseg_losses.integrations.yolo.trainer("giou+focal"), ...)'
+        )
     known = ", ".join(sorted(ADAPTERS))
     raise TypeError(f"no adapter for {type(model).__name__}; there are adapters for {known}")

@@ -13,7 +13,7 @@ try:
     from ultralytics.engine.trainer import BaseTrainer
     from ultralytics.models.yolo.detect import DetectionTrainer
     from ultralytics.models.yolo.segment import SegmentationTrainer
-    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.nn.tasks import DetectionModel, yaml_model_load
     from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
     from ultralytics.utils.loss import (
         BboxLoss,
@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 
 from detseg_losses.base import Loss, compute_dtype, divide, rows_where
 from detseg_losses.integrations.detection import FIXED, Roles, read_losses, terms_of, total
-from detseg_losses.spec import LossSum, SpecError, build_loss
+from detseg_losses.spec import LossSum, SpecError, build_loss, read_stages
 
 ROLES: Roles = {
     "cls_loss": ("classification",),
@@ -47,17 +47,11 @@ SIDES = ("dfl_loss", "l1_loss")
 """Of the distances to the sides of a box: one for heads that predict distributions, one for others.
 """
 
-GAINS = {
-    "cls_loss": "cls",
-    "box_loss": "box",
-    "dfl_loss": "dfl",
-    "l1_loss": "dfl",
-    "seg_loss": "box",
-}
-"""The option of Ultralytics that each loss is multiplied by."""
-
 TRAINERS = {"detect": DetectionTrainer, "segment": SegmentationTrainer}
 """Ultralytics' own trainer of each task."""
+
+OTHERS = ("RTDETR", "World", "YOLOE")
+"""How the names of heads begin that have a task of these, and need other trainers."""
 
 UNLIKE = 2.0
 """A role that changes by more than this factor has another share of the whole loss."""
@@ -99,7 +93,7 @@ def _start(
 def _trainer_class(task: str, spec: str) -> type[LossTrainer]:
     name = f"{task}_trainer_{spec.encode().hex()}"
     content = {"__module__": __name__, "spec": spec}
-    return type(name, (LossTrainer, TRAINERS[task]), content)
+    return type(name, (_Trainer, TRAINERS[task]), content)
 
 
 def __getattr__(name: str) -> Any:
@@ -133,16 +127,24 @@ class LossTrainer(BaseTrainer):
         """Put the losses in: the last step before training starts, whether it resumes or not."""
         # Only now there are the weights of the classes and the criterion of a resumed run.
         super().resume_training(ckpt)
-        model, averaged = (
-            getattr(each, "student_model", each)
-            for each in (unwrap_model(self.model), self.ema.ema)
-        )
+        model, _ = self._models()
         use_losses(model, self.spec)
         self.losses = model.criterion.losses
-        averaged.criterion = model.criterion  # validation is to measure what is trained
         self._count_steps()
         if RANK in (-1, 0):
             LOGGER.info(f"Losses: {_in_words(model.criterion)}")
+
+    def validate(self) -> Any:
+        """Measure what is trained, by the average of the model."""
+        # Not once for all: after a NaN, Ultralytics goes on with another average.
+        model, averaged = self._models()
+        averaged.criterion = model.criterion
+        return super().validate()
+
+    def _models(self) -> list[Any]:
+        """The model that is trained, and its moving average; of a distillation, the student's."""
+        both = unwrap_model(self.model), self.ema.ema
+        return [getattr(each, "student_model", each) for each in both]
 
     def optimizer_step(self) -> None:
         """Let ramps go on, too."""
@@ -155,8 +157,21 @@ class LossTrainer(BaseTrainer):
             loss.load_state_dict({"step": torch.tensor(self.ema.updates)}, strict=False)
 
 
+class _Trainer(LossTrainer):
+    """What :func:`trainer` mixes in: Ultralytics' own trainers do not know every detector."""
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
+        layers = (cfg if isinstance(cfg, dict) else yaml_model_load(cfg))["head"]
+        head = layers[-1][2]
+        if head.startswith(OTHERS):
+            raise TypeError(f"the model has the head {head}; losses are put into those of YOLO")
+        return super().get_model(cfg=cfg, weights=weights, verbose=verbose)
+
+
 def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
-    r"""Let a YOLO model train with other losses, in place; :func:`trainer` does so for a whole run.
+    r"""Let a YOLO model train with other losses, in place, in a training loop of your own.
+
+    ``YOLO(...).train`` makes a new model, and wants a :func:`trainer`.
 
     Terms go by their kind. Classification terms take the place of the BCE, box terms (on decoded
     boxes, in pixels of the network's input) that of the CIoU, ``dfl`` that of the distribution
@@ -168,11 +183,12 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
     The values are normalised as Ultralytics does: those of anchors are weighted by their target
     scores and divided by the sum of these, those of masks are averaged over the positive anchors,
     where a loss of pixels is divided by the area of the box. Its gains ``box``, ``cls`` and ``dfl``
-    then apply. In the first batch the values are compared with the stock losses, and where they
-    are of another scale a warning names the gain that wants to be changed.
+    then apply. In the first batch with objects the values are compared with the stock losses, and
+    where they are of another scale a warning names the terms that want another weight.
 
     Args:
-        model: a detection or segmentation model with Ultralytics' options as its ``args``.
+        model: a detection or segmentation model, on its device, with Ultralytics' options as its
+            ``args``; where one of these changes, apply this again.
         spec: a loss string, for example ``"giou+focal"`` or ``"ciou+bce; mask: bce+dice"``.
 
     Returns:
@@ -187,19 +203,25 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
     """
     losses = _read(spec)
     if isinstance(getattr(model, "args", {}), dict):
-        raise ValueError("the model has no options yet: model.args = ultralytics.cfg.get_cfg()")
-    criterion: Any = getattr(model, "criterion", None) or model.init_criterion()
+        raise ValueError(
+            "the model has no options yet: model.args = ultralytics.cfg.get_cfg() for a loop of "
+            "your own; YOLO(...).train makes a new model, and takes trainer=yolo.trainer(spec)"
+        )
+    criterion: Any = getattr(model, "criterion", None)
+    made = criterion is None or getattr(criterion, "made", False)
+    if made:
+        criterion = _new_criterion(model, criterion)
     for branch in _branches(criterion):
         _check_fit(losses, model, branch)
-    model.criterion = criterion
     restore_losses(model)
+    model.criterion = criterion
+    criterion.made = made
     for index, branch in enumerate(_branches(criterion)):
         compare = index == 0 and RANK in (-1, 0)
-        branch.bce = ClassTerms(branch, branch.bce, losses, compare)
-        branch.bbox_loss = BoxTerms(branch, branch.bbox_loss, losses, compare)
+        branch.bce = ClassTerms(branch.bce, losses, compare)
+        branch.bbox_loss = BoxTerms(branch.bbox_loss, losses, compare)
         if "mask" in losses:
-            stock = branch.single_mask_loss
-            branch.single_mask_loss = MaskTerms(branch, stock, losses, compare)
+            branch.single_mask_loss = MaskTerms(branch.single_mask_loss, losses, compare)
     criterion.losses = {stage: loss.adapt(model) for stage, loss in losses.items()}
     return model
 
@@ -211,8 +233,18 @@ def restore_losses(model: DetectionModel) -> DetectionModel:
         for branch in _branches(criterion):
             branch.bce, branch.bbox_loss = branch.bce.stock, branch.bbox_loss.stock
             branch.__dict__.pop("single_mask_loss", None)
-        del criterion.losses
+        if criterion.made:
+            model.criterion = None
+        del criterion.losses, criterion.made
     return model
+
+
+def _new_criterion(model: DetectionModel, old: Any) -> Any:
+    """A criterion of the model as it is now, which goes on in the schedule of an old one."""
+    criterion = model.init_criterion()
+    if isinstance(old, E2ELoss):
+        criterion.updates, criterion.o2m, criterion.o2o = old.updates, old.o2m, old.o2o
+    return criterion
 
 
 def _branches(criterion: Any) -> list[Any]:
@@ -224,23 +256,22 @@ def _branches(criterion: Any) -> list[Any]:
 
 def _read(spec: str) -> Losses:
     """The sums of a string such as ``"giou+focal; mask: bce+dice"``."""
+    head, stages = spec.partition(";")[0], ("detection", "mask")
+    if ":" in head:
+        parts = read_stages(spec, stages, "YOLO")
+    else:
+        parts = {"detection": head} | read_stages(spec[len(head) :], stages[1:], "YOLO")
     losses: Losses = {}
-    for part in spec.split(";"):
-        name, colon, terms = part.partition(":")
-        stage = name.strip() if colon else "detection"
-        if stage in losses or stage != ("mask" if colon else "detection"):
-            raise SpecError(
-                f"loss {spec!r}: {stage!r} is not expected; losses of a detector may be followed "
-                "by those of its masks, as in 'giou+focal; mask: bce+dice'"
-            )
-        if stage == "mask":
-            losses[stage] = _read_masks(terms)
-        else:
-            # Of the sides of boxes most strings say nothing, and mean no change.
-            spoken = [role for role in SIDES if terms_of(build_loss(part), ROLES[role])]
-            roles = {role: ROLES[role] for role in ("cls_loss", "box_loss", *spoken)}
-            losses[stage] = read_losses(part, "YOLO", roles, "batch")
-        for name, weight, _ in losses[stage].items():
+    if "detection" in parts:
+        # Of the sides of boxes most strings say nothing, and mean no change.
+        stated = build_loss(parts["detection"])
+        spoken = [role for role in SIDES if terms_of(stated, ROLES[role])]
+        roles = {role: ROLES[role] for role in ("cls_loss", "box_loss", *spoken)}
+        losses["detection"] = read_losses(parts["detection"], "YOLO", roles, "batch")
+    if "mask" in parts:
+        losses["mask"] = _read_masks(parts["mask"])
+    for loss in losses.values():
+        for name, weight, _ in loss.items():
             if weight == "learned":
                 raise SpecError(f"{name!r}: Ultralytics' optimizer does not know learned weights")
     return losses
@@ -300,15 +331,14 @@ class _Terms(nn.Module):
     """Stands in for a part of a criterion.
 
     Args:
-        branch: the criterion.
-        stock: that part of it.
+        stock: that part.
         losses: what to compute.
-        compare: say in the first batch where a value is of another scale than the stock one.
+        compare: say in the first batch with objects where a value is of another scale than the
+            stock one.
     """
 
-    def __init__(self, branch: Any, stock: Any, losses: Losses, compare: bool) -> None:
+    def __init__(self, stock: Any, losses: Losses, compare: bool) -> None:
         super().__init__()
-        self.hyp = branch.hyp
         self.stock = stock
         self.losses: Any = nn.ModuleDict(losses)
         self.compare = compare
@@ -317,10 +347,11 @@ class _Terms(nn.Module):
         """Warn where a role is of another scale than it was."""
         ratio = float(divide(ours.detach(), stock.detach()))
         if ratio > 0 and not 1 / UNLIKE < ratio < UNLIKE:
-            gain = f"{GAINS[role]}={getattr(self.hyp, GAINS[role]):g}"
+            names = " and ".join(name for name, _ in _terms(self.losses, role))
             LOGGER.warning(
-                f"{role} is {ratio:.2g} times the stock loss in the first batch: "
-                f"think of a {'larger' if ratio < 1 else 'smaller'} gain than {gain}"
+                f"{role} is {ratio:.2g} times the stock loss in the first batch with objects: "
+                f"think of a {'larger' if ratio < 1 else 'smaller'} weight of {names} in the "
+                "loss string"
             )
 
 
@@ -340,7 +371,7 @@ class ClassTerms(_Terms):
             values[name] = loss.weighted(name, term(logits, targets, reduction="none"))
             loss.values[name] = values[name].detach().sum() / count
         each = total(values)
-        if self.compare:
+        if self.compare and targets.any():
             self.compare = False
             stock = self.stock(logits.detach(), targets)
             self.check_scale("cls_loss", each.sum(), stock.sum())
@@ -363,7 +394,8 @@ class BoxTerms(_Terms):
         sides = "dfl_loss" if self.stock.dfl_loss else "l1_loss"
         terms = {role: _terms(self.losses, role) for role in ("box_loss", sides)}
         found = {}
-        if self.compare or not all(terms.values()):
+        compare = self.compare and bool(inputs[6].any())
+        if compare or not all(terms.values()):
             found = dict(zip(terms, self.stock(*inputs), strict=True))
         if any(terms.values()):
             loss = self.losses["detection"]
@@ -377,9 +409,10 @@ class BoxTerms(_Terms):
                     loss.values[name] = values[name].detach()
                 if values:
                     ours = total(values)
-                    if self.compare:
+                    if compare:
                         self.check_scale(role, ours, found[role])
                     found[role] = ours
+        if compare:
             self.compare = False
         return found["box_loss"], found[sides]
 
@@ -448,7 +481,7 @@ class MaskTerms(_Terms):
             more = values[name].detach() - len(masks) * before
             loss.values[name] = before + more / self.seen
         result = total(values)
-        if self.compare:
+        if self.compare and len(masks):
             self.compare = False
             stock = self.stock(masks, coefficients.detach(), prototypes.detach(), boxes, area)
             self.check_scale("seg_loss", result, stock)

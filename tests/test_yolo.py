@@ -1,5 +1,6 @@
 """The Ultralytics adapter: its own numbers at its own losses, any losses else, in whole runs."""
 
+import contextlib
 import copy
 import csv
 import io
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +31,9 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel, OBBModel, SegmentationModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
+from ultralytics.utils.torch_utils import ModelEMA
 
+import coco_to_yolo
 import detseg_losses
 from detseg_losses import SpecError
 from detseg_losses.integrations import restore_losses, use_losses, yolo
@@ -191,6 +195,25 @@ def test_undo_is_exact(name, batch):
     restore_losses(model)
 
 
+@pytest.mark.parametrize("name", ["yolo11n.yaml", "yolo26n.yaml"])
+def test_undo_leaves_no_criterion_where_none_was(name, batch):
+    model = small_model(name)
+    use_losses(use_losses(model, "giou+bce"), "giou+focal")
+    assert restore_losses(model).criterion is None
+
+
+def test_changed_options_count_after_use_losses(batch):
+    """And an end-to-end head goes on in its schedule."""
+    model = use_losses(small_model("yolo26n.yaml"), "giou+bce")
+    model.criterion.update()
+    share = model.criterion.o2m
+    before, _ = run(model, batch)
+    model.args = get_cfg(overrides={"box": 2 * model.args.box})
+    after, _ = run(use_losses(model, "giou+bce"), batch)
+    torch.testing.assert_close(after["box_loss"], 2 * before["box_loss"])
+    assert (model.criterion.updates, model.criterion.o2m) == (1, share)
+
+
 def test_copies_keep_the_losses(batch):
     spec = "giou+focal(alpha=[.1,.2,.3,.4,.5]); mask: bce+dice"
     model = use_losses(small_model("yolo26n-seg.yaml"), spec)
@@ -275,18 +298,23 @@ def messages(caplog):
     LOGGER.removeHandler(caplog.handler)
 
 
-def test_another_scale_is_told_once(batch, messages):
+def test_another_scale_is_told_once(batch, nothing, messages):
     model = use_losses(small_model(), "0.2*giou+focal+5*dfl")
-    for _ in range(2):
-        run(model, batch)
+    for inputs in (nothing, batch, batch):
+        run(model, inputs)
     told = [line for line in messages.messages if "first batch" in line]
     assert len(told) == 3
-    assert re.search(r"cls_loss is 0\.0\d+ times .* larger gain than cls=0\.5", told[0])
-    assert re.search(r"box_loss is 0\.2 times .* larger gain than box=7\.5", told[1])
-    assert re.search(r"dfl_loss is 5 times .* smaller gain than dfl=1\.5", told[2])
+    assert re.search(r"cls_loss is 0\.0\d+ times .* larger weight of focal in", told[0])
+    assert re.search(r"box_loss is 0\.2 times .* larger weight of giou in", told[1])
+    assert re.search(r"dfl_loss is 5 times .* smaller weight of dfl in", told[2])
     messages.clear()
     run(use_losses(model, "ciou+bce"), batch)
     assert not messages.messages
+    model = use_losses(small_model("yolo11n-seg.yaml"), "ciou+bce; mask: 0.1*bce+0.1*bce")
+    for inputs in (nothing, batch):
+        run(model, inputs)
+    (told,) = (line for line in messages.messages if "first batch" in line)
+    assert re.search(r"seg_loss is 0\.2 times .* larger weight of bce and bce_2 in", told)
 
 
 @pytest.mark.parametrize(
@@ -304,8 +332,10 @@ def test_another_scale_is_told_once(batch, messages):
         ("yolo11n-seg.yaml", "giou+focal; mask: giou", "'giou' is a loss of boxes"),
         ("yolo11n-seg.yaml", "giou+focal; mask: ce", "no use for 'ce'.*bce"),
         ("yolo11n-seg.yaml", "giou+focal; mask: ghm", "'ghm' is a mean by nature"),
-        ("yolo11n-seg.yaml", "giou+focal; masks: dice", "'masks' is not expected"),
-        ("yolo11n-seg.yaml", "giou+focal; dice", "'detection' is not expected"),
+        ("yolo11n-seg.yaml", "giou+focal; masks: dice", "column 3.*did you mean 'mask'"),
+        ("yolo11n-seg.yaml", "giou+focal; dice", "column 3.*as in 'mask: dice'"),
+        ("yolo11n-seg.yaml", "mask: dice; giou", "column 13.*as in 'detection: giou'"),
+        ("yolo11n-seg.yaml", "giou; mask: bce; mask: dice", "'mask' is given twice"),
     ],
 )
 def test_an_unsuitable_loss_is_one_clear_line_and_changes_nothing(name, spec, message):
@@ -354,6 +384,10 @@ def test_a_role_without_a_term_stays_and_says_so(batch):
     ours, _ = run(model, batch)
     assert torch.equal(ours["cls_loss"], stock["cls_loss"])
     assert ours["box_loss"] != stock["box_loss"]
+    with pytest.warns(UserWarning, match="'box_loss' stays as it is"):
+        use_losses(model, "focal")
+    run(model, batch)
+    assert not model.criterion.bbox_loss.compare  # which would wait for the device in each step
 
 
 def test_models_of_other_tasks():
@@ -369,6 +403,34 @@ def test_models_of_other_tasks():
         yolo.trainer("gious+focal")
 
 
+def test_a_loss_string_may_name_its_parts():
+    def terms(spec):
+        return {stage: loss.names for stage, loss in yolo._read(spec).items()}
+
+    both = {"detection": ["giou", "focal"], "mask": ["dice"]}
+    assert terms("giou+focal; mask: dice;") == both
+    assert terms("detection: giou+focal; mask: dice") == both
+    assert terms("giou+focal;") == {"detection": ["giou", "focal"]}
+    assert terms("mask: dice") == {"mask": ["dice"]}
+
+
+def test_detectors_with_heads_of_another_kind():
+    """They say that their task is one of YOLO's."""
+    for name, head in (("rtdetr-l", "RTDETRDecoder"), ("yolov8s-worldv2", "WorldDetect")):
+        with pytest.raises(TypeError, match=f"has the head {head}; losses are put into those of"):
+            yolo._trainer_class("detect", "giou+focal").get_model(None, f"{name}.yaml")
+
+
+def test_a_yolo_is_trained_by_a_trainer():
+    """What it holds is not the model that its train() trains."""
+    wrapper = YOLO("yolo11n.yaml")
+    for verb in (lambda model: use_losses(model, "giou+focal"), restore_losses):
+        with pytest.raises(TypeError, match=r"train\(trainer=detseg_losses.integrations.yolo"):
+            verb(wrapper)
+    with pytest.raises(ValueError, match=r"get_cfg\(\) for .* takes trainer=yolo.trainer"):
+        use_losses(wrapper.model, "giou+focal")
+
+
 def test_trainers_are_found_by_name():
     cls = yolo._trainer_class("segment", "giou+0.5*focal; mask: dice")
     assert pickle.loads(pickle.dumps(cls)) is cls
@@ -381,12 +443,20 @@ def test_trainers_are_found_by_name():
 
 
 def tool(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / "coco_to_yolo.py", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    """The converter within this process, for a new one imports for seconds."""
+    said = SimpleNamespace(returncode=0)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+    ):
+        patch.setattr(sys, "argv", ["coco_to_yolo.py", *map(str, arguments)])
+        try:
+            coco_to_yolo.main()
+        except SystemExit as end:
+            said.returncode = end.code
+    said.stdout, said.stderr = stdout.getvalue(), stderr.getvalue()
+    return said
 
 
 def square(x, y, side):
@@ -467,6 +537,60 @@ def test_converted_labels(data):
     assert not (data / "segment/images/train/more/11.png").is_symlink()
 
 
+@pytest.fixture
+def faulty(tmp_path):
+    """A data set of which a single object is sound, and two if outlines do not matter."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train").mkdir()
+    names = ["0.png", "0.jpg", "1.png"]  # two for one label file, and one of another size
+    for name in names:
+        Image.new("RGB", (64, 64)).save(tmp_path / "train" / name)
+    images = [
+        {"id": index, "file_name": name, "width": 64 << (index == 2), "height": 64}
+        for index, name in enumerate(names)
+    ]
+    sound = {
+        "image_id": 0,
+        "category_id": 1,
+        "bbox": [2, 2, 8, 8],
+        "segmentation": [square(2, 2, 8)],
+    }
+    outlines = [
+        square(9, 9, 9),
+        [None],
+        [["1", "2"] * 4],
+        None,
+        [[1, 2, 3, 4]],
+        [[float("nan")] * 6],
+    ]
+    annotations = [
+        sound,
+        sound | {"image_id": 1},
+        sound | {"image_id": 2},
+        sound | {"image_id": [0]},
+        sound | {"category_id": [1]},
+        sound | {"bbox": [2, 2, "wide", 8]},
+        *(sound | {"bbox": [9, 9, 9, 9], "segmentation": outline} for outline in outlines),
+        sound | {"bbox": [9, 9, 9, 9], "segmentation": {"size": [9, 9], "counts": [81]}},
+    ]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_faulty_data_is_left_out_and_listed(faulty):
+    for segments, count in (("false", 5), ("true", 12)):
+        output = faulty / segments
+        said = tool("--data", faulty, "--output", output, f"--segments={segments}")
+        assert said.returncode == 0, said.stderr
+        assert f"{count} faults" in said.stdout
+        assert "1 x image is not of the size that the file states" in said.stdout
+        assert "1 x image would share the label file of an image before it" in said.stdout
+        assert [file.name for file in (output / "images/train").iterdir()] == ["0.png"]
+        (file,) = (output / "labels/train").iterdir()
+        assert len(labels(file)) == (1 if segments == "true" else 2)
+
+
 def test_errors_of_the_converter_are_one_line(coco, tmp_path):
     said = tool("--data", coco, "--output", tmp_path / "new", "--train", "test")
     assert said.returncode == 2
@@ -489,9 +613,11 @@ def test_real_data_converted(data_root, tmp_path):
 # --- whole runs ---
 
 
-def train(data, folder, name="yolo11n.yaml", spec=None, **options):
+def train(data, folder, name="yolo11n.yaml", spec=None, callbacks=None, **options):
     """An epoch on the small data set, its results by column, and its trainer."""
     model = YOLO(name)
+    for event, callback in (callbacks or {}).items():
+        model.add_callback(event, callback)
     model.train(
         data=str(data / ("segment" if "seg" in name else "detect") / "data.yaml"),
         imgsz=64,
@@ -530,8 +656,14 @@ def test_a_run_with_the_stock_losses_is_the_stock_run(name, options, data, tmp_p
 
 def test_a_run_with_other_losses(data, tmp_path, messages):
     """It trains, validates with its own losses, and leaves a stock checkpoint."""
+
+    def renew(trainer):  # as Ultralytics does when it recovers from a NaN
+        trainer.ema = ModelEMA(trainer.model, updates=trainer.ema.updates)
+
     spec = "giou+ramp(1, 2, steps=4)*focal; mask: bce+dice"
-    results, trainer = train(data, tmp_path, "yolo11n-seg.yaml", spec)
+    callbacks = {"on_train_epoch_end": renew}
+    results, trainer = train(data, tmp_path, "yolo11n-seg.yaml", spec, callbacks)
+    assert trainer.ema.ema.criterion is trainer.model.criterion
     assert any("box_loss giou, seg_loss bce+dice, cls_loss focal" in m for m in messages.messages)
     assert results["val/cls_loss"][0] < 1
     assert np.isfinite(sum(results["train/seg_loss"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -64,7 +65,7 @@ def main() -> None:
 
     faults: list[Fault] = []
     splits = {
-        name: Split(*find_coco(Path(config.data), name), faults)
+        name: Split(*find_coco(Path(config.data), name), config.segments, faults)
         for name in dict.fromkeys((config.train, config.val or config.train))
     }
     names = [split.names for split in splits.values()]
@@ -102,37 +103,63 @@ class Split:
     Crowds are no objects to learn, and are left out; Ultralytics cannot ignore a part of an image.
     """
 
-    def __init__(self, file: Path, directory: Path, faults: list[Fault]) -> None:
+    def __init__(self, file: Path, directory: Path, segments: bool, faults: list[Fault]) -> None:
         content = load_annotations(file)
         by_id = category_names(content["categories"])
         self.directory = directory
         self.names = [by_id[key] for key in sorted(by_id)]
         numbers = {key: number for number, key in enumerate(sorted(by_id), 1)}
-        images = {
-            image["id"]: image
-            for image in content["images"]
-            if image_size(directory / image["file_name"], faults)
-        }
+        known = {image["id"] for image in content["images"]}
+        images = _usable_images(file, directory, content["images"], faults)
         annotations = []
         for index, annotation in enumerate(content["annotations"]):
-            if annotation.get("image_id") not in images or annotation.get("iscrowd"):
+            image, category = annotation.get("image_id"), annotation.get("category_id")
+            if not isinstance(image, int) or image not in known:
+                reason = "image id is not among the file's images"
+                faults.append(Fault(file, index, reason, image))
+            elif image not in images or annotation.get("iscrowd"):
                 continue
-            if annotation.get("category_id") not in numbers:
-                faults.append(Fault(file, index, "category id is not among the file's categories"))
-                continue
-            number = numbers[annotation["category_id"]]
-            usable, fault = _inside(annotation, images[annotation["image_id"]])
-            if fault:
-                faults.append(Fault(file, index, fault, annotation.get("bbox")))
-            if usable is not None:
-                annotations.append(usable | {"category_id": number})
+            elif not isinstance(category, int) or category not in numbers:
+                reason = "category id is not among the file's categories"
+                faults.append(Fault(file, index, reason, category))
+            else:
+                usable, fault = _inside(annotation, images[image], segments)
+                if fault:
+                    faults.append(Fault(file, index, fault, annotation.get("bbox")))
+                if usable is not None:
+                    annotations.append(usable | {"category_id": numbers[category]})
         if not annotations:
             raise DataError(f"{file}: no usable object in an image of {directory}")
         self.content = {"images": list(images.values()), "annotations": annotations}
 
 
+def _usable_images(
+    file: Path, directory: Path, entries: list[dict[str, Any]], faults: list[Fault]
+) -> dict[int, dict[str, Any]]:
+    """By id, the images that are there, as large as stated, and with a label file of their own."""
+    images = {}
+    label_files = set()
+    for index, entry in enumerate(entries):
+        path = directory / entry["file_name"]
+        size = image_size(path, faults)
+        if size is None:
+            continue
+        label_file = path.with_suffix(".txt")
+        if size != (entry["width"], entry["height"]):
+            found = f"{path}: {size[0]}x{size[1]} for {entry['width']}x{entry['height']}"
+            reason = "image is not of the size that the file states"
+            faults.append(Fault(file, index, reason, found))
+        elif label_file in label_files:
+            reason = "image would share the label file of an image before it"
+            faults.append(Fault(file, index, reason, path))
+        else:
+            label_files.add(label_file)
+            images[entry["id"]] = entry
+    return images
+
+
 def _inside(
-    annotation: dict[str, Any], image: dict[str, Any]
+    annotation: dict[str, Any], image: dict[str, Any], segments: bool
 ) -> tuple[dict[str, Any] | None, str | None]:
     """An annotation clipped to its image, for Ultralytics drops images with anything beyond; and
     the fault, as in :func:`check_box`.
@@ -145,14 +172,32 @@ def _inside(
     box, fault = check_box((x, y, x + w, y + h), width, height)
     if box is None:
         return None, fault
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list):
-        segmentation = [_clip(polygon, width, height) for polygon in segmentation]
-    return {
+    usable = {
         "image_id": annotation["image_id"],
         "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-        "segmentation": segmentation,
-    }, fault
+    }
+    if segments:
+        outline = annotation.get("segmentation")
+        if not outline:
+            return None, "object has no segmentation"
+        if isinstance(outline, dict):
+            if outline.get("size") != [height, width] or "counts" not in outline:
+                return None, "RLE is not of the image's size"
+        elif isinstance(outline, list) and all(map(_is_polygon, outline)):
+            outline = [_clip(polygon, width, height) for polygon in outline]
+        else:
+            return None, "polygon is not a list of three or more points x, y"
+        usable["segmentation"] = outline
+    return usable, fault
+
+
+def _is_polygon(values: object) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) >= 6
+        and len(values) % 2 == 0
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    )
 
 
 def _clip(polygon: Sequence[float], width: int, height: int) -> list[float]:
