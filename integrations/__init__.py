@@ -141,5 +141,9 @@ def _adapter(model: nn.Module) -> ModuleType:
             f"{type(model).__name__} makes a new model when it trains; give that the losses: "
             'YOLO(...).train(trainer=detseg_losses.integrations.yolo.trainer("giou+focal"), ...)'
         )
-    known = ", ".join(sorted(ADAPTERS))
+    if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+        raise TypeError(
+            f"{type(model).__name__} wraps a model: call use_losses on the model, then wrap it"
+        )
+    known = ", ".join(sorted(path.rpartition(".")[2] for path in ADAPTERS))
     raise TypeError(f"no adapter for {type(model).__name__}; there are adapters for {known}")

@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-try:
+from detseg_losses.base import Loss, compute_dtype, divide, rows_where
+from detseg_losses.integrations.detection import FIXED, Roles, read_losses, terms_of, total
+from detseg_losses.integrations.extras import needs
+from detseg_losses.spec import LossSum, SpecError, build_loss, read_stages
+
+with needs("ultralytics"):
     from ultralytics.engine.trainer import BaseTrainer
     from ultralytics.models.yolo.detect import DetectionTrainer
     from ultralytics.models.yolo.segment import SegmentationTrainer
@@ -25,14 +30,6 @@ try:
     from ultralytics.utils.ops import crop_mask
     from ultralytics.utils.tal import bbox2dist
     from ultralytics.utils.torch_utils import unwrap_model
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'Ultralytics is missing: pip install "detseg_losses[ultralytics]"'
-    ) from error
-
-from detseg_losses.base import Loss, compute_dtype, divide, rows_where
-from detseg_losses.integrations.detection import FIXED, Roles, read_losses, terms_of, total
-from detseg_losses.spec import LossSum, SpecError, build_loss, read_stages
 
 ROLES: Roles = {
     "cls_loss": ("classification",),

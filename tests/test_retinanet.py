@@ -130,6 +130,12 @@ class OwnLoss(RetinaNet):
         return {}
 
 
+def test_a_wrapped_model_is_refused():
+    for wrap in (torch.nn.DataParallel, torch.compile):
+        with pytest.raises(TypeError, match="wraps a model: call use_losses on the model"):
+            use_losses(wrap(small_retinanet()), "giou+focal")
+
+
 def test_what_computes_its_loss_by_itself_is_refused():
     model = small_retinanet()
     model.head.__class__ = OwnHead
