@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +26,16 @@ def test_a_missing_library_is_named_with_its_extra(module):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert f'pip install "detseg_losses[{extra}]"' in result.stderr.splitlines()[-1]
+
+
+def test_the_tools_name_what_they_miss():
+    tool = Path(__file__).parent.parent / "tools" / "train_seg.py"
+    code = (
+        "import runpy, sys; sys.modules['albumentations'] = None; "
+        f"sys.path.insert(0, {str(tool.parent)!r}); runpy.run_path({str(tool)!r})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        'error: the tools need albumentations; pip install "detseg_losses[tools]"'
+    ]
