@@ -265,3 +265,32 @@ def _gradients_of_rank(rank, batch):
     part = {key: value[rank : rank + 1] for key, value in batch.items()}
     wrapped(**part, output_hidden_states=True).loss.sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_trainer_trains(batch, tmp_path):
+    pytest.importorskip("accelerate")
+    model = use_losses(small_model("Mask2Former"), "2*ce + 5*focal + 5*dice(smooth=1)")
+    before = copy.deepcopy(dict(model.named_parameters()))
+    samples = [
+        dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    transformers.Trainer(model, arguments, train_dataset=samples, data_collator=_collate).train()
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    checkpoint = getattr(transformers, NAMES["Mask2Former"]).from_pretrained(
+        tmp_path / "checkpoint-2"
+    )
+    assert list(checkpoint.state_dict()) == list(model.state_dict())
+
+
+def _collate(samples):
+    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return batch | {"pixel_values": torch.stack(batch["pixel_values"])}
