@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from .base import (
     world_sum,
 )
 from .layout import Batch, Mode, detection_batch, segmentation_batch
-from .pointwise import Formula, Label, Sigmoid, column, mix, pointwise, power
+from .pointwise import Formula, Label, Sigmoid, column, mix, pointwise, power, spend
 from .statistics import Need, Statistics
 
 
@@ -334,7 +334,7 @@ class Focal(Formula):
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         ce = s.cross_entropy(y)
-        return self.weighted(power(s.missed(y), self.gamma), y) * ce
+        return power(s.missed(y), self.gamma, self.weight(y)) * ce
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return self.both(s, y)[1]
@@ -342,22 +342,23 @@ class Focal(Formula):
     def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
         ce, missed = s.cross_entropy(y), s.missed(y)
         if not isinstance(y, Tensor):
-            factor = self.weighted(power(missed, self.gamma), y)
+            factor = power(missed, self.gamma, self.weight(y))
             value = factor * ce
-            slope = torch.addcmul(factor * missed, value, s.missed(1 - y), value=self.gamma)
+            slope = spend(factor, missed).addcmul_(value, s.missed(1 - y), value=self.gamma)
             return value, -slope if y else slope
         if self.gamma < 1:  # whatever underflows in missed does so in its slope, too
             missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)
-        root = self.weighted(power(missed, self.gamma - 1), y)
+        root = power(missed, self.gamma - 1, self.weight(y))
         factor = root * missed
         tilt = root * s.missed_slope(y)
-        return factor * ce, torch.addcmul(factor * s.error(y), tilt, ce, value=self.gamma)
+        value = factor * ce
+        return value, spend(factor, s.error(y)).addcmul_(tilt, ce, value=self.gamma)
 
-    def weighted(self, values: Tensor, y: Label) -> Tensor:
+    def weight(self, y: Label) -> Any:
         if self.alpha is None or (not isinstance(self.alpha, Tensor) and self.alpha == -1):
-            return values
+            return 1
         alpha = column(self.alpha)
-        return values * mix(1 - alpha, alpha, y)
+        return mix(1 - alpha, alpha, y)
 
 
 @dataclass(frozen=True)
@@ -454,7 +455,7 @@ class PolyFocal(Focal):
     def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
         value, slope = super().both(s, y)
         missed = s.missed(y)
-        power_of_missed = self.weighted(power(missed, self.gamma), y) * self.epsilon
+        power_of_missed = power(missed, self.gamma, self.weight(y)) * self.epsilon
         steeper = power_of_missed * s.missed_slope(y) * (self.gamma + 1)
         return torch.addcmul(value, power_of_missed, missed), slope + steeper
 

@@ -117,13 +117,25 @@ def mix(negative: Any, positive: Any, y: Label) -> Any:
     return positive if y else negative
 
 
-def power(base: Tensor, exponent: float) -> Tensor:
-    """``base ** exponent``, some of which ``torch.pow`` takes many times as long for."""
+def power(base: Tensor, exponent: float, scale: Tensor | float = 1) -> Tensor:
+    """``scale * base ** exponent``, a new tensor, in few operations, for some of which
+    ``torch.pow`` takes many times as long.
+    """
+    scaled = isinstance(scale, Tensor) or scale != 1
+    if exponent == 2 and scaled and not isinstance(scale, Tensor):
+        return torch.addcmul(base.new_zeros(()), base, base, value=scale)
     if exponent == 1:
-        return base
-    if exponent == 1.5 and not has_graph(base):
-        return base.sqrt() * base  # whose slope would be infinite at 0
-    return base.pow(exponent)
+        result = base if scaled else base.clone()
+    elif exponent == 1.5 and not has_graph(base):
+        result = base.sqrt() * base  # whose slope would be infinite at 0
+    else:
+        result = base.pow(exponent)
+    return result * scale if scaled else result
+
+
+def spend(values: Tensor, factor: Tensor) -> Tensor:
+    """Their product, written over values that nothing else needs, unless a graph does."""
+    return values * factor if has_graph(values) else values.mul_(factor)
 
 
 @dataclass(frozen=True)
