@@ -188,68 +188,106 @@ def of_matches(key: str, targets: list[dict[str, Tensor]], matched_idxs: list[Te
     return torch.stack(found)
 
 
-class Positives:
-    """The anchors that have an object; off the CPU all of them, the others with a factor of 0.
+def class_losses(
+    loss: LossSum,
+    logits: Tensor,
+    targets: list[dict[str, Tensor]],
+    matched_idxs: list[Tensor],
+    factor: Tensor,
+) -> dict[str, Tensor]:
+    """The weighted values of the terms on sigmoids of classes, by name: sums over all anchors.
 
     Args:
-        targets: of each image ``boxes`` ``(G, 4)`` and ``labels`` ``(G,)``.
-        anchors: of each image ``(A, 4)``.
-        matched_idxs: of each image ``(A,)``: which object, below 0 none.
+        loss: what to compute.
+        logits: ``(B, A, K)``.
+        targets: of each image ``labels`` ``(G,)``.
+        matched_idxs: of each image ``(A,)``: which object, -1 none, -2 left out.
         factor: what the anchors of each image count, ``(B, 1)``.
+    """
+    matched = torch.stack(matched_idxs)
+    labels = torch.where(matched >= 0, of_matches("labels", targets, matched_idxs), matched)
+    return {
+        name: loss.weighted(name, term(logits, labels, weight=factor, reduction="sum"))
+        for name, term in terms_of(loss, ("classification",))
+    }
+
+
+class Positives:
+    """The rows that have an object; off the CPU all of them, the others with a factor of 0.
+
+    Args:
+        positive: which rows those are, ``(N,)``.
+        anchors: ``(N, 4)``.
+        boxes: the objects', ``(N, 4)``; where none, anything.
+        factors: what each row counts, ``(N,)``.
 
     Attributes:
-        anchors: of all images, ``(N, 4)``.
-        boxes: the objects', ``(N, 4)``; without an object the anchor itself.
-        factors: what each counts, ``(N,)``.
+        anchors: of the rows, ``(M, 4)``.
+        boxes: ``(M, 4)``; without an object the anchor itself.
+        factors: ``(M,)``.
     """
 
-    def __init__(
-        self,
+    def __init__(self, positive: Tensor, anchors: Tensor, boxes: Tensor, factors: Tensor) -> None:
+        self._rows = rows_where(positive)
+        self.anchors = self.of(anchors)  # mixed precision makes them half precision
+        has_object = positive[self._rows].unsqueeze(-1)
+        self.boxes = torch.where(has_object, self.of(boxes), self.anchors)
+        self.factors = self.of(positive * factors)
+
+    @classmethod
+    def of_batch(
+        cls,
         targets: list[dict[str, Tensor]],
         anchors: list[Tensor],
         matched_idxs: list[Tensor],
         factor: Tensor,
-    ) -> None:
+    ) -> Positives:
+        """Those among the anchors ``(A, 4)`` of each image, which count ``factor``, ``(B, 1)``."""
         foreground = torch.stack(matched_idxs) >= 0
-        self._rows = rows_where(foreground.flatten())
-        self.anchors = self.of(torch.stack(anchors))  # mixed precision makes them half precision
-        boxes = self.of(of_matches("boxes", targets, matched_idxs))
-        self.boxes = torch.where(self.of(foreground).unsqueeze(-1) > 0, boxes, self.anchors)
-        self.factors = self.of(foreground * factor)
+        boxes = of_matches("boxes", targets, matched_idxs)
+        factors = factor.expand(foreground.shape)
+        rows = (foreground, torch.stack(anchors), boxes, factors)
+        return cls(*(values.flatten(0, 1) for values in rows))
 
     def of(self, values: Tensor) -> Tensor:
-        """Values ``(B, A, ...)`` of these anchors, ``(N, ...)``."""
-        values = values.flatten(0, 1)[self._rows]
+        """Values ``(N, ...)`` of the rows, ``(M, ...)``, in the dtype of the computation."""
+        values = values[self._rows]
         return values.to(compute_dtype(values.dtype))
 
 
 def box_losses(
     loss: LossSum,
+    found: Positives,
     deltas: Tensor,
-    boxes: Tensor,
-    factors: Tensor,
-    *,
-    encode: Callable[[Tensor], Tensor],
-    decode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor, Tensor], Tensor],
+    decode: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """The weighted values of the terms on decoded boxes and of those on encoded offsets, by name.
 
     Args:
         loss: what to compute.
-        deltas: what the head predicts, ``(N, 4)``.
-        boxes: the true boxes, ``(N, 4)`` as ``x1, y1, x2, y2``.
-        factors: what each row counts, ``(N,)``.
-        encode: boxes as offsets.
-        decode: offsets as boxes.
+        found: the rows that count, and what is true there.
+        deltas: what the head predicts for all rows, ``(N, 4)``.
+        encode: boxes and anchors to offsets.
+        decode: offsets and anchors to boxes.
     """
+    deltas = found.of(deltas)
     values = {}
     for name, term in terms_of(loss, ("boxes", "deltas")):
         if "boxes" in term.kinds:
-            each = term(decode(deltas), boxes, reduction="none")
+            each = term(decode(deltas, found.anchors), found.boxes, reduction="none")
         else:
-            each = term(deltas, encode(boxes), reduction="none").sum(-1)
-        values[name] = loss.weighted(name, (each * factors).sum())
+            each = term(deltas, encode(found.boxes, found.anchors), reduction="none").sum(-1)
+        values[name] = loss.weighted(name, (each * found.factors).sum())
     return values
+
+
+def entries(
+    losses: Mapping[str, Mapping[str, Tensor]], stock: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A model's loss dictionary: the sums of the terms, and what it computes itself without any."""
+    own = {} if all(losses.values()) else stock()
+    return {key: total(values) if values else own[key] for key, values in losses.items()}
 
 
 def total(values: Mapping[str, Tensor]) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -15,12 +13,11 @@ from detseg_losses.integrations.detection import (
     box_losses,
     check_own,
     check_own_loss,
+    class_losses,
     detached,
+    entries,
     factor_of_images,
-    of_matches,
     read_losses,
-    terms_of,
-    total,
 )
 from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
@@ -114,27 +111,21 @@ class FCOSLossHead(FCOSHead):
             anchors: of each image ``(A, 4)``.
             matched_idxs: of each image ``(A,)``: which object, -1 none.
         """
-        matched = torch.stack(matched_idxs)
-        foreground = matched >= 0
-        factor = factor_of_images(foreground, self.normalizer)
-        labels = torch.where(foreground, of_matches("labels", targets, matched_idxs), matched)
-        classification = {}
-        for name, term in terms_of(self.loss, ROLES["classification"]):
-            value = term(head_outputs["cls_logits"], labels, weight=factor, reduction="sum")
-            classification[name] = self.loss.weighted(name, value)
-
-        found = Positives(targets, anchors, matched_idxs, factor)
+        factor = factor_of_images(torch.stack(matched_idxs) >= 0, self.normalizer)
+        logits = head_outputs["cls_logits"]
+        classification = class_losses(self.loss, logits, targets, matched_idxs, factor)
+        found = Positives.of_batch(targets, anchors, matched_idxs, factor)
         coder: BoxLinearCoder = self.box_coder
+        deltas = head_outputs["bbox_regression"].flatten(0, 1)
         regression = box_losses(
             self.loss,
-            found.of(head_outputs["bbox_regression"]),
-            found.boxes,
-            found.factors,
-            encode=partial(coder.encode, found.anchors),
-            decode=partial(coder.decode, boxes=found.anchors),
+            found,
+            deltas,
+            lambda boxes, points: coder.encode(points, boxes),
+            coder.decode,
         )
 
-        logits = found.of(head_outputs["bbox_ctrness"])
+        logits = found.of(head_outputs["bbox_ctrness"].flatten(0, 1))
         aim = centerness_of(coder.encode(found.anchors, found.boxes)).unsqueeze(-1)
         centerness = {}
         for name, _, term in self.centerness.items():
@@ -148,10 +139,8 @@ class FCOSLossHead(FCOSHead):
             "bbox_regression": regression,
             "bbox_ctrness": centerness,
         }
-        stock = {}
-        if not all(losses.values()):
-            stock = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
-        return {key: total(values) if values else stock[key] for key, values in losses.items()}
+        stock = super().compute_loss
+        return entries(losses, lambda: stock(targets, head_outputs, anchors, matched_idxs))
 
 
 def centerness_of(distances: Tensor) -> Tensor:

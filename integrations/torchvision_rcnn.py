@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detseg_losses.base import compute_dtype, rows_where
+from detseg_losses.base import rows_where
 from detseg_losses.integrations.detection import (
+    Positives,
     Roles,
     box_losses,
     check_own,
@@ -181,8 +182,10 @@ class LossRPN(RegionProposalNetwork):
             classification[name] = self.loss.weighted(name, term(logits, classes))
 
         count = sampled.sum().clamp(min=1)
-        boxes = _box_losses(
-            self.loss, self.box_coder, pred_bbox_deltas, anchors, truths, positive, count
+        found = Positives(positive, anchors, truths, positive / count)
+        coder: BoxCoder = self.box_coder
+        boxes = box_losses(
+            self.loss, found, pred_bbox_deltas, coder.encode_single, coder.decode_single
         )
         self.loss.values = detached(classification, boxes)
         if classification and boxes:
@@ -262,18 +265,14 @@ class LossRoIHeads(RoIHeads):
             value = term(logits, classes, mode="multiclass")
             classification[name] = loss.weighted(name, value)
         each = torch.arange(len(classes), device=classes.device)
-        boxes = _box_losses(
-            loss,
-            self.box_coder,
-            deltas.unflatten(1, (-1, 4))[each, classes],
-            torch.cat(proposals),
-            torch.cat(truths),
-            classes > 0,
-            max(len(classes), 1),
-        )
+        positive, count = classes > 0, max(len(classes), 1)
+        found = Positives(positive, torch.cat(proposals), torch.cat(truths), positive / count)
+        own = deltas.unflatten(1, (-1, 4))[each, classes]
+        coder: BoxCoder = self.box_coder
+        boxes = box_losses(loss, found, own, coder.encode_single, coder.decode_single)
         loss.values = detached(classification, boxes)
-        found = {"loss_classifier": classification, "loss_box_reg": boxes}
-        return {entry: total(values) for entry, values in found.items() if values}
+        losses = {"loss_classifier": classification, "loss_box_reg": boxes}
+        return {entry: total(values) for entry, values in losses.items() if values}
 
     def _mask_losses(
         self,
@@ -310,35 +309,3 @@ class LossRoIHeads(RoIHeads):
 def _keep(predicted: dict[str, Any], stage: str, module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook that notes what a predictor gives."""
     predicted[stage] = output
-
-
-def _box_losses(
-    loss: LossSum,
-    coder: BoxCoder,
-    deltas: Tensor,
-    anchors: Tensor,
-    truths: Tensor,
-    positive: Tensor,
-    count: Tensor | int,
-) -> dict[str, Tensor]:
-    """The weighted values of the terms of boxes: sums over the positives, over a count.
-
-    Args:
-        loss: what to compute.
-        coder: of the offsets.
-        deltas: predicted offsets, ``(N, 4)``.
-        anchors: what they are relative to, ``(N, 4)``.
-        truths: the true boxes, ``(N, 4)``; where none, anything.
-        positive: which rows count, ``(N,)``.
-        count: the number of rows that were sampled, at least 1.
-    """
-    rows, dtype = rows_where(positive), compute_dtype(deltas.dtype)
-    anchors, positive = anchors[rows].to(dtype), positive[rows]
-    return box_losses(
-        loss,
-        deltas[rows].to(dtype),
-        torch.where(positive.unsqueeze(-1), truths[rows].to(dtype), anchors),
-        positive / count,
-        encode=partial(coder.encode_single, proposals=anchors),
-        decode=partial(coder.decode_single, boxes=anchors),
-    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -14,11 +12,10 @@ from detseg_losses.integrations.detection import (
     box_losses,
     check_own,
     check_own_loss,
+    class_losses,
     detached,
     factor_of_images,
-    of_matches,
     read_losses,
-    terms_of,
     total,
 )
 from detseg_losses.integrations.extras import needs
@@ -101,24 +98,16 @@ class RetinaNetLossHead(RetinaNetHead):
             anchors: of each image ``(A, 4)``.
             matched_idxs: of each image ``(A,)``: which object, -1 none, -2 between thresholds.
         """
-        matched = torch.stack(matched_idxs)
-        foreground = matched >= 0
-        factor = factor_of_images(foreground, self.normalizer)
-        labels = torch.where(foreground, of_matches("labels", targets, matched_idxs), matched)
-        classification = {}
-        for name, term in terms_of(self.loss, ROLES["classification"]):
-            value = term(head_outputs["cls_logits"], labels, weight=factor, reduction="sum")
-            classification[name] = self.loss.weighted(name, value)
-
-        found = Positives(targets, anchors, matched_idxs, factor)
+        factor = factor_of_images(torch.stack(matched_idxs) >= 0, self.normalizer)
+        logits = head_outputs["cls_logits"]
+        classification = class_losses(self.loss, logits, targets, matched_idxs, factor)
         coder: BoxCoder = self.regression_head.box_coder
         regression = box_losses(
             self.loss,
-            found.of(head_outputs["bbox_regression"]),
-            found.boxes,
-            found.factors,
-            encode=partial(coder.encode_single, proposals=found.anchors),
-            decode=partial(coder.decode_single, boxes=found.anchors),
+            Positives.of_batch(targets, anchors, matched_idxs, factor),
+            head_outputs["bbox_regression"].flatten(0, 1),
+            coder.encode_single,
+            coder.decode_single,
         )
         self.loss.values = detached(classification, regression)
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,11 +13,11 @@ from detseg_losses.integrations.detection import (
     Roles,
     box_losses,
     detached,
+    entries,
     factor_of_images,
     of_matches,
     read_losses,
     terms_of,
-    total,
 )
 from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
@@ -118,23 +117,19 @@ class SSDWithLosses(SSD):
             sums = sum_with_hardest(each.view_as(labels), foreground, self.neg_to_pos_ratio)
             classification[name] = self.loss.weighted(name, (sums * factor).sum())
 
-        found = Positives(targets, anchors, matched_idxs, factor)
         coder: BoxCoder = self.box_coder
         regression = box_losses(
             self.loss,
-            found.of(head_outputs["bbox_regression"]),
-            found.boxes,
-            found.factors,
-            encode=partial(coder.encode_single, proposals=found.anchors),
-            decode=partial(coder.decode_single, boxes=found.anchors),
+            Positives.of_batch(targets, anchors, matched_idxs, factor),
+            head_outputs["bbox_regression"].flatten(0, 1),
+            coder.encode_single,
+            coder.decode_single,
         )
 
         self.loss.values = detached(classification, regression)
         losses = {"bbox_regression": regression, "classification": classification}
-        stock = {}
-        if not all(losses.values()):
-            stock = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
-        return {key: total(values) if values else stock[key] for key, values in losses.items()}
+        stock = super().compute_loss
+        return entries(losses, lambda: stock(targets, head_outputs, anchors, matched_idxs))
 
 
 def sum_with_hardest(losses: Tensor, foreground: Tensor, ratio: float) -> Tensor:

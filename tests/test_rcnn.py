@@ -25,6 +25,7 @@ import detseg_losses
 from detseg_losses import SpecError
 from detseg_losses.integrations import (
     ModelLosses,
+    detection,
     restore_losses,
     torchvision_rcnn,
     use_losses,
@@ -313,7 +314,8 @@ def test_all_rows_give_what_the_few_that_count_give(boxes, images, targets, monk
     """On a GPU the rows that count are not looked up, which would make the device wait."""
     model = use_losses(small_rcnn(), f"rpn: {boxes}+focal; roi: {boxes}+ce")
     few = run(model, images, targets)
-    monkeypatch.setattr(torchvision_rcnn, "rows_where", lambda mask: slice(None))
+    for module in (torchvision_rcnn, detection):
+        monkeypatch.setattr(module, "rows_where", lambda mask: slice(None))
     assert_equal(few, run(model, images, targets), rtol=1e-5, atol=1e-5)
 
 
