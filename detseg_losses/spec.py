@@ -94,7 +94,7 @@ def read_stages(spec: str, stages: Sequence[str], owner: str) -> dict[str, str]:
         if not colon:
             raise _error(spec, start, f"expected a stage, as in '{stages[0]}: {part.strip()}'")
         if stage not in stages:
-            raise _error(spec, start, f"{owner} has no stage {stage!r}{_nearest(stage, stages)}")
+            raise _error(spec, start, f"{owner} has no stage {stage!r}{nearest(stage, stages)}")
         if stage in found:
             raise _error(spec, start, f"stage {stage!r} is given twice")
         found[stage] = losses.strip()
@@ -126,7 +126,7 @@ def _terms(
     if not isinstance(call, ast.Name):
         raise _error(spec, call.col_offset + 1, "expected the name of a loss")
     if call.id not in LOSSES | SUMS:
-        hint = _nearest(call.id, LOSSES | SUMS)
+        hint = nearest(call.id, LOSSES | SUMS)
         raise _error(spec, call.col_offset + 1, f"no loss {call.id!r}{hint}")
     cls = (LOSSES | SUMS)[call.id]
     if kind is not None:
@@ -136,7 +136,7 @@ def _terms(
     for keyword in keywords:
         column = keyword.col_offset + 1
         if keyword.arg not in known:
-            hint = _nearest(str(keyword.arg), known)
+            hint = nearest(str(keyword.arg), known)
             raise _error(spec, column, f"{call.id} has no option {keyword.arg!r}{hint}")
         if keyword.arg in options:
             raise _error(spec, column, f"{keyword.arg!r} is given twice")
@@ -214,7 +214,8 @@ def _literal(keyword: ast.keyword, spec: str) -> Any:
     raise _error(spec, keyword.value.col_offset + 1, message)
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
+    """The end of a message about an unknown name: the nearest one, or all that there are."""
     import difflib  # takes longer than the rest of this file, and is for mistakes only
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -36,10 +36,11 @@ def main() -> None:
         fabric.print(load_detector_weights(detector, config.model, train.classes))
     with usage_errors(ValueError):
         use_losses(detector, config.loss)
+    terms = ModelLosses(detector)
 
     def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         by_head = model(list(batch["image"] / 255), batch["target"])
-        return sum(by_head.values()), ModelLosses(detector).values
+        return sum(by_head.values()), terms.values
 
     def evaluate() -> dict[str, Any]:
         return evaluate_detector(fabric, detector, val, config.data, config.train.batch_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Container, Sequence
 from inspect import signature
 from pathlib import Path
@@ -16,6 +15,8 @@ from torchvision.models import get_model, get_model_builder, list_models, segmen
 from common.config import DataConfig, SegmenterConfig, height_width
 from common.errors import UsageError
 from common.weights import load_file
+from detseg_losses.integrations.extras import needs
+from detseg_losses.spec import nearest
 
 WIDE = {"hidden_sizes": [64, 128, 320, 512]}
 DEEP = {**WIDE, "decoder_hidden_size": 768}
@@ -51,9 +52,7 @@ def build_segmenter(
     channels = 1 if model.mode == "binary" else len(classes)
     known = [*smp.MODEL_ARCHITECTURES_MAPPING, *list_models(module=segmentation), *SEGFORMERS]
     if model.name.lower() not in known:
-        close = difflib.get_close_matches(model.name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-        raise UsageError(f"there is no model {model.name}; {hint}")
+        raise UsageError(f"there is no model {model.name}{nearest(model.name, known)}")
     name = f"model {model.name}"
     try:
         if model.name in SEGFORMERS:
@@ -67,10 +66,8 @@ def build_segmenter(
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, NotImplementedError) as error:
         reason = error.args[0] if error.args else error
         raise UsageError(f"{name}: {reason}") from error
-    except ImportError as error:
-        raise UsageError(
-            f'{name} needs transformers: pip install "detseg_losses[transformers]"'
-        ) from error
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{name}: {error}") from error
     return segmenter
 
 
@@ -101,7 +98,8 @@ def _torchvision(model: SegmenterConfig, channels: int) -> nn.Module:
 
 
 def _segformer(model: SegmenterConfig, channels: int) -> nn.Module:
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+    with needs("transformers"):
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     options = SEGFORMERS[model.name] | (model.options or {})
     _check_options(options, SegformerConfig().to_dict())
