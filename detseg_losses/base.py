@@ -25,6 +25,8 @@ BLOCK = 1 << 19
 # been freed, it keeps that much for reuse.
 torch.empty(31 << 20, dtype=torch.uint8)
 
+FEW = 16
+"""Of so many entries one is looked up faster than all are computed."""
 
 Curve = Literal["linear", "cosine"]
 
@@ -280,36 +282,31 @@ class Block(NamedTuple):
         """This block of a tensor ``(B, ..., P)``; a last dimension of 1 stands for all places."""
         return tensor[self.rows, ..., self.places if tensor.shape[-1] > 1 else slice(None)]
 
-    def holds(self, mask: Tensor) -> bool:
-        """Whether a mask holds anything; without a look where the device would have to wait."""
-        return self is WHOLE or bool(mask.any())
-
-    def without(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Values ``(b, C, n)`` of this block with 0 where a mask, ``(b, 1, n)`` or of their shape,
-        holds: in a few places where they can be looked up, which is faster, else everywhere.
-        """
+    def store(
+        self, values: Tensor, result: Tensor | None, like: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The result so far, made like ``like`` by the first block, with the values of this one."""
         if self is WHOLE:
-            return values.masked_fill(mask, 0)
-        values = values.clone()
-        if mask.shape == values.shape:
-            values[mask] = 0
-        else:
-            values.movedim(1, -1)[mask.squeeze(1)] = 0
-        return values
+            return values.to(dtype)
+        if result is None:
+            result = torch.empty_like(like, dtype=dtype)
+        self.of(result).copy_(values)
+        return result
 
 
 WHOLE = Block(0, slice(None), slice(None))
 
 
-def blocks(logits: Tensor) -> list[Block]:
-    """Cut logits ``(B, C, P)`` into blocks of some ``BLOCK`` elements: several whole images, or a
-    part of one. One block holds everything where :func:`in_blocks` says so.
+def blocks(logits: Tensor, times: int = 1) -> list[Block]:
+    """Cut logits ``(B, C, P)`` into blocks of some ``times * BLOCK`` elements: several whole
+    images, or a part of one. One block holds everything where :func:`in_blocks` says so.
     """
     batch, classes, length = logits.shape
     if not in_blocks(logits) or not logits.numel():
         return [WHOLE]
-    places = max(1, min(length, BLOCK // classes))
-    rows = max(1, BLOCK // (classes * length))
+    size = times * BLOCK
+    places = max(1, min(length, size // classes))
+    rows = max(1, size // (classes * length))
     return [
         Block(part, slice(row, row + rows), slice(part * places, (part + 1) * places))
         for row in range(0, batch, rows)

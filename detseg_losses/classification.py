@@ -571,7 +571,10 @@ def _sigmoid_loss(
         (values,) = pointwise(batch, maps=[formula])
         return batch.entries(values * column(each))
     known = inputs.sums if isinstance(inputs, Statistics) else {}
-    sums = known[formula] if formula in known else pointwise(batch, [formula])[0]
+    if formula in known:
+        sums = known[formula]
+    else:
+        (sums,) = pointwise(batch, [formula], per_class=class_weights is not None)
     sums = (sums * each).sum(-1)
     if reduction == "sum":
         return sums.sum()

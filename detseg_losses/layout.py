@@ -8,12 +8,12 @@ whatever memory order the logits have.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .base import Block, check_choice, compute_dtype, in_blocks, lazy
+from .base import FEW, WHOLE, Block, check_choice, compute_dtype, in_blocks, lazy
 
 Mode = Literal["multiclass", "binary", "multilabel"]
 
@@ -57,7 +57,7 @@ class Batch:
     def labels(self) -> Tensor:
         """Class indices ``(B, P)``; what is left out counts towards class 0, with weight 0."""
         left_out = None if self.weight is None else self.weight == 0
-        return _labels(self.target, left_out)
+        return _labels(self.target, left_out, 0)
 
     def masks(self) -> Tensor:
         """Whether each pixel is of each class, ``(B, C, P)``; dense targets are rounded, and what
@@ -109,31 +109,49 @@ class Part:
         x: logits ``(b, C, n)`` in the dtype of the computation; 0 where they are left out.
         w: weight, ``(b, 1, n)`` or ``(b, C, n)``; None where everything counts.
         left_out: where it is 0; None where it nowhere is.
+        gaps: the indices in ``(b, C, n)`` of what is left out, where it is little and on the CPU.
+        only_gaps: whether everything else counts alike.
         y: a dense target ``(b, C, n)``, else None.
-        labels: class indices ``(b, n)``; what is left out has label 0.
+        labels: class indices ``(b, n)``; what is left out has ``no_label``.
     """
+
+    no_label: ClassVar[int] = 0
 
     def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
         self.tile, self.logits = tile, logits
         self.dtype = compute_dtype(logits.dtype)
         self.w = self.left_out = None
+        self.gaps: tuple[Any, ...] | None = None
+        self.only_gaps = weight is None or weight.dtype == torch.bool
         if weight is not None:
             w = tile.of(weight)
             left_out = w == 0
-            if tile.holds(left_out):
+            count = None if tile is WHOLE else int(left_out.count_nonzero())
+            if count != 0:
                 self.left_out = left_out
-            if self.left_out is not None or w.dtype != torch.bool:
+            if count and count * FEW < w.numel():
+                images, classes, places = left_out.nonzero(as_tuple=True)
+                self.gaps = images, slice(None) if w.shape[1] == 1 else classes, places
+            if self.left_out is not None or not self.only_gaps:
                 self.w = w.to(self.dtype)
         y = tile.of(target)
         self.y = y.to(self.dtype) if target.dim() == 3 else None
         if self.y is None:
-            self.labels = _labels(y, self.left_out)
+            self.labels = _labels(y, self.left_out, self.no_label)
 
     @lazy
     def x(self) -> Tensor:
-        x = self.tile.of(self.logits).to(self.dtype)
         # Where it is left out it may even be infinite.
-        return x if self.left_out is None else self.tile.without(x, self.left_out)
+        return self.cleared(self.tile.of(self.logits).to(self.dtype, copy=self.gaps is not None))
+
+    def cleared(self, values: Tensor) -> Tensor:
+        """Values ``(b, C, n)``, which may be written over, with 0 where they are left out."""
+        if self.left_out is None:
+            return values
+        if self.gaps is None:
+            return torch.where(self.left_out, 0, values)  # masked_fill loses the order of memory
+        values[self.gaps] = 0
+        return values
 
     def weighted(self, values: Tensor) -> Tensor:
         """Values times the weight."""
@@ -146,10 +164,10 @@ class Part:
         return values.masked_fill(self.left_out.view(values.shape), 0)
 
 
-def _labels(target: Tensor, left_out: Tensor | None) -> Tensor:
-    """Class indices ``(b, n)``, safe to index with."""
+def _labels(target: Tensor, left_out: Tensor | None, instead: int) -> Tensor:
+    """Class indices ``(b, n)``, another one where they are left out."""
     labels = target.long()
-    return labels if left_out is None else labels.masked_fill(left_out.all(1), 0)
+    return labels if left_out is None else labels.masked_fill(left_out.all(1), instead)
 
 
 def segmentation_batch(
@@ -184,7 +202,7 @@ def segmentation_batch(
     if dense and mode == "multiclass" and ignore_index is not None:
         raise ValueError("ignore_index needs class indices; leave pixels out by pixel_weight")
     weight = _kept(y, ignore_index)
-    _check_labels(y, weight, (0, 1 if dense else x.shape[1] - 1), validate)
+    _check_labels(y, weight, None if dense else range(x.shape[1]), validate)
     if weight is not None and not dense:
         weight = weight.unsqueeze(1)
     if pixel_weight is not None:
@@ -240,15 +258,11 @@ def detection_batch(
         return tensor.reshape(images, length, channels).movedim(-1, 1)
 
     x = channels_second(inputs)
-    if dense:
-        y = channels_second(targets)
-        kept = None if ignore_index is None else _kept(y, ignore_index)
-        _check_labels(y, kept, (0, 1), validate)
-    else:
-        y = targets.reshape(images, length)
-        kept = _kept(y, -2 if ignore_index is None else ignore_index)
-        _check_labels(y, kept, (-1, classes - 1), validate)
-        kept = None if kept is None else kept.unsqueeze(1)
+    kept = _kept(targets, ignore_index if dense or ignore_index is not None else -2)
+    _check_labels(targets, kept, None if dense else range(-1, classes), validate)
+    y = channels_second(targets) if dense else targets.reshape(images, length)
+    if kept is not None:
+        kept = channels_second(kept) if dense else kept.reshape(images, 1, length)
     if weight is not None:
         check_constant("weight", weight)
         if weight.dim() == inputs.dim():
@@ -304,20 +318,22 @@ def check_constant(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} requires grad; detach it: losses differentiate the logits alone")
 
 
-def _check_labels(y: Tensor, kept: Tensor | None, limits: tuple[int, int], validate: bool) -> None:
-    """Raise on a label outside ``limits``, by name. Off the CPU only where asked to."""
-    low, high = limits
-    if y.dim() == 2 and y.is_floating_point():
+def _check_labels(y: Tensor, kept: Tensor | None, classes: range | None, validate: bool) -> None:
+    """Raise, by name, on a value that is no index of ``classes`` or, without them, outside of
+    [0, 1]. Off the CPU only where asked to.
+    """
+    if classes is not None and y.is_floating_point():
         raise ValueError(f"class indices must be integers, not {y.dtype}; call .long()")
     check_constant("the target", y)
     if not y.numel() or y.dtype == torch.bool or torch.compiler.is_compiling():
         return
     if not (validate or in_blocks(y)):
         return
+    # aminmax would copy a view, amin and amax are slow on integers.
+    extremes = torch.aminmax(y) if y.is_contiguous() else (y.amin(), y.amax())
     # Widened: torch would compare a uint8 label with -1 or 299 modulo 256.
-    # min and max would copy the views of a dense target, amin and amax are slow on integers.
-    extremes = (y.amin(), y.amax()) if y.is_floating_point() else (y.min(), y.max())
     smallest, largest = (value.float() for value in extremes)
+    low, high = (0, 1) if classes is None else (classes[0], classes[-1])
     if low <= smallest and largest <= high:
         return
     values = y.float()

@@ -19,16 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import WHOLE, Block, blocks, compute_dtype, has_graph, in_blocks, lazy
+from .base import FEW, WHOLE, Block, blocks, compute_dtype, has_graph, in_blocks, lazy
 from .layout import Batch, Part
 
 Label: TypeAlias = "Tensor | int"
 """A target between 0 and 1: a tensor, or one of the constants 0 and 1, which cost nothing."""
 
 Method = Literal["value", "slope", "both"]
-
-FEW = 16
-"""Of so many entries one is looked up faster than all are computed."""
 
 
 class Sigmoid:
@@ -71,7 +68,7 @@ class Sigmoid:
         if "p" not in vars(self):  # the exponential serves p and q as well
             self.q = (e + 1).reciprocal_()
             self.p = e * self.q
-        return torch.maximum(e.log1p_(), self.x, out=e)  # beyond the clamp they are equal
+        return e.log1p_().clamp_(min=self.x)  # beyond the clamp they are equal
 
     @lazy
     def pos(self) -> Tensor:
@@ -220,13 +217,18 @@ class Mirrored(Formula):
 
 
 def pointwise(
-    batch: Batch, sums: Sequence[Formula] = (), maps: Sequence[Formula] = ()
+    batch: Batch,
+    sums: Sequence[Formula] = (),
+    maps: Sequence[Formula] = (),
+    *,
+    per_class: bool = True,
 ) -> tuple[Tensor, ...]:
     """Evaluate formulas on the logits, all of them in one pass.
 
     Returns:
-        The weighted sums over the places of some formulas, ``(B, C)``, then all weighted values of
-        others, ``(B, C, P)``; float32, or float64 where the logits are.
+        The weighted sums over the places of some formulas, ``(B, C)``, or ``(B, 1)`` unless
+        ``per_class``, then all weighted values of others, ``(B, C, P)``; float32, or float64 where
+        the logits are.
     """
     fitted = [tuple(formula.fitted(batch) for formula in formulas) for formulas in (sums, maps)]
     keep = (
@@ -236,7 +238,8 @@ def pointwise(
         and not torch.compiler.is_compiling()
         and batch.logits.dtype != torch.float16  # the slopes underflow before a loss scaler acts
     )
-    *results, _ = _Pointwise.apply(batch.logits, batch.target, batch.weight, *fitted, keep)
+    tensors = batch.logits, batch.target, batch.weight
+    *results, _ = _Pointwise.apply(*tensors, *fitted, keep, per_class)
     return tuple(results)
 
 
@@ -251,29 +254,33 @@ class _Pointwise(torch.autograd.Function):
         summed: tuple[Formula, ...],
         mapped: tuple[Formula, ...],
         keep: bool,
+        per_class: bool,
     ) -> tuple[Tensor | None, ...]:
         tiles = blocks(logits)
         dtype = compute_dtype(logits.dtype)
-        shape = (tiles[-1].part + 1, *logits.shape[:2])
+        images, classes, _ = logits.shape
+        shape = (tiles[-1].part + 1, images, classes if per_class else 1)
+        over = -1 if per_class else (-2, -1)
         sums = [logits.new_zeros(shape, dtype=dtype) for _ in summed]
-        maps = [torch.empty_like(logits, dtype=dtype) for _ in mapped]
-        kept = torch.empty_like(logits) if keep else None
+        maps: list[Tensor | None] = [None for _ in mapped]
+        kept = None
         for tile in tiles:
             block = _SigmoidBlock(tile, logits, target, weight)
-            for formula, result in zip(mapped, maps, strict=True):
-                tile.of(result).copy_(block.evaluate(formula, "value")[0])
+            for index, formula in enumerate(mapped):
+                (values,) = block.evaluate(formula, "value")
+                maps[index] = tile.store(values, maps[index], logits, dtype)
             for formula, result in zip(summed, sums, strict=True):
-                if kept is None:
-                    (values,) = block.evaluate(formula, "value")
-                else:
+                if keep:
                     values, slopes = block.evaluate(formula, "both")
-                    tile.of(kept).copy_(slopes)
-                result[tile.part, tile.rows] = values.sum(-1)
+                    kept = tile.store(slopes, kept, logits, logits.dtype)
+                else:
+                    (values,) = block.evaluate(formula, "value")
+                result[tile.part, tile.rows] = values.sum(over).view(-1, shape[-1])
         return *(result.sum(0) for result in sums), *maps, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.summed, ctx.mapped, ctx.keep = inputs
+        *tensors, ctx.summed, ctx.mapped, ctx.keep, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.kept = output[-1]
@@ -282,7 +289,7 @@ class _Pointwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         count = len(ctx.summed)
         factors = (*(g if g is None else g.unsqueeze(-1) for g in grads[:count]), *grads[count:-1])
         pairs = zip((*ctx.summed, *ctx.mapped), factors, strict=True)
@@ -312,25 +319,30 @@ class _Pointwise(torch.autograd.Function):
             if not in_blocks(result) or (factor != 1).any():
                 result.mul_(factor)
             return result, *nothing
-        result = torch.empty_like(logits)
+        result = None
         for tile in blocks(logits):
-            tile.of(result).copy_(gradient(tile))
+            result = tile.store(gradient(tile), result, logits, logits.dtype)
         return result, *nothing
 
 
 class _SigmoidBlock(Part):
     """One block of a batch, on which formulas are evaluated."""
 
+    no_label = -1
+
     def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
         super().__init__(tile, logits, target, weight)
-        self.s = Sigmoid(self.x)
+        # Where there are gaps to be filled in the results, they need none in the logits.
+        self.s = Sigmoid(self.x if self.gaps is None else tile.of(logits).to(self.dtype))
         self.label: Label = 0 if self.y is None else self.y
         self.entries: tuple[Tensor, ...] | None = None
         """Where the label is something else, among the few that only the CPU can look up."""
         if tile is not WHOLE:
             self._look_up()
         elif self.y is None:
-            self.positive = (self.labels >= 0).unsqueeze(1)
+            # Compared, not scattered: a compiler can then compute all in one loop.
+            classes = torch.arange(self.x.shape[1], device=self.x.device)
+            self.hot = (self.labels.unsqueeze(-1) == classes).movedim(-1, 1)
             self.index = self.labels.clamp(min=0).unsqueeze(1)
             self.at_index = Sigmoid(self.x.gather(1, self.index))
 
@@ -339,14 +351,20 @@ class _SigmoidBlock(Part):
             images, places = (self.labels >= 0).nonzero(as_tuple=True)
             entries: tuple[Tensor, ...] = images, self.labels[images, places], places
             self.label_there: Label = 1
-        # The sum is little work; to count takes long where the entries are no use looking up.
-        elif all(count() * FEW < self.y.numel() for count in (self.y.sum, self.y.count_nonzero)):
-            entries = self.y.nonzero(as_tuple=True)
-            self.label, self.label_there = 0, self.y[entries].unsqueeze(0)
         else:
-            return
+            # As integers of the same bits, and in the order of memory, they are found much faster.
+            bits = self.y.view(torch.int64 if self.dtype == torch.float64 else torch.int32)
+            if bits.count_nonzero() * FEW >= bits.numel():
+                return
+            order = (0, 2, 1) if bits.stride(1) < bits.stride(2) else (0, 1, 2)
+            found = bits.permute(order).nonzero(as_tuple=True)
+            entries = tuple(found[index] for index in order)
+            self.label, self.label_there = 0, self.y[entries].unsqueeze(0)
         self.entries = tuple(index.unsqueeze(0) for index in entries)
-        self.at_entries = Sigmoid(self.x[self.entries])
+
+    @lazy
+    def at_entries(self) -> Sigmoid:
+        return Sigmoid(self.s.x[self.entries])
 
     def evaluate(self, formula: Formula, method: Method) -> tuple[Tensor, ...]:
         """Its weighted values, slopes, or both, ``(b, C, n)``."""
@@ -361,14 +379,15 @@ class _SigmoidBlock(Part):
             found = tuple(map(self._put, found, chosen))
         elif self.y is None:
             chosen = results(formula.of_classes(self.index), self.at_index, 1)
-            found = tuple(map(self._scattered, found, chosen))
-        return tuple(map(self.weighted, found))
+            found = tuple(torch.where(self.hot, *pair) for pair in zip(chosen, found, strict=True))
+        return tuple(map(self._finished, found))
+
+    def _finished(self, values: Tensor) -> Tensor:
+        if self.gaps is None:
+            return self.weighted(values)
+        return self.cleared(values if self.only_gaps else self.weighted(values))
 
     def _put(self, values: Tensor, chosen: Tensor) -> Tensor:
         # Even where these are p itself: every other formula replaces the same entries.
         values[self.entries] = chosen
         return values
-
-    def _scattered(self, values: Tensor, chosen: Tensor) -> Tensor:
-        chosen = torch.where(self.positive, chosen, values.gather(1, self.index))
-        return values.scatter(1, self.index, chosen)

@@ -63,6 +63,10 @@ class Statistics:
     sums: dict[Formula, Tensor] = field(default_factory=dict)
 
 
+LARGER = 2
+"""Of how many times the size a block is: much is done for each pixel, which many threads can share
+only if there are many."""
+
 FEW = 4
 """Of so few classes each label is compared with all, which is faster than to look its own up."""
 
@@ -301,23 +305,23 @@ class _Softmax(torch.autograd.Function):
         wants: tuple[bool, bool, bool, bool],
         keep: bool,
     ) -> tuple[Tensor | None, ...]:
-        images, classes, places = logits.shape
+        images, classes, _ = logits.shape
         dtype = compute_dtype(logits.dtype)
-        tiles = blocks(logits)
+        tiles = blocks(logits, LARGER)
         # Time is dear on the CPU, elsewhere it is memory.
         keep = keep and tiles[0] is not WHOLE and logits.dtype == dtype
         kept = torch.empty_like(logits) if keep else None
-        nll = logits.new_empty((images, places), dtype=dtype) if wants[0] else None
-        smooth = logits.new_empty((images, places), dtype=dtype) if wants[1] else None
+        nll = smooth = None
+        of_pixels = logits[:, 0]
         counts = logits.new_zeros((3, tiles[-1].part + 1, images, classes), dtype=dtype)
         for tile in tiles:
             block = _SoftmaxBlock(tile, logits, target, weight, class_weights)
             if kept is not None:
                 tile.of(kept).copy_(block.e)
-            if nll is not None:
-                tile.of(nll).copy_(block.nll())
-            if smooth is not None:
-                tile.of(smooth).copy_(block.smooth())
+            if wants[0]:
+                nll = tile.store(block.nll(), nll, of_pixels, dtype)
+            if wants[1]:
+                smooth = tile.store(block.smooth(), smooth, of_pixels, dtype)
             if wants[2]:
                 counts[0, tile.part, tile.rows] = block.tp()
                 counts[1, tile.part, tile.rows] = block.pred()
@@ -354,9 +358,10 @@ class _Softmax(torch.autograd.Function):
             return gradient(WHOLE).to(logits.dtype), *nothing
         # The gradient is written over what was kept; another backward computes that anew.
         kept, ctx.kept = ctx.kept, None
-        result = torch.empty_like(logits) if kept is None else kept
-        for tile in blocks(logits):
-            tile.of(result).copy_(gradient(tile, None if kept is None else tile.of(kept)))
+        result = kept
+        for tile in blocks(logits, LARGER):
+            values = gradient(tile, None if kept is None else tile.of(kept))
+            result = tile.store(values, result, logits, logits.dtype)
         return result, *nothing
 
 
@@ -386,7 +391,7 @@ class _SoftmaxBlock(Part):
             self.target_total: Any = self.target_weights.sum(1, keepdim=True)
         else:
             self.index = self.labels.unsqueeze(1)
-            if tile is not WHOLE and self.e.shape[1] <= FEW:
+            if torch.compiler.is_compiling() or (tile is not WHOLE and self.e.shape[1] <= FEW):
                 self.y = self.target_weights = self.hot()
                 self.target_total = 1
 
@@ -412,7 +417,7 @@ class _SoftmaxBlock(Part):
     @lazy
     def below(self) -> Tensor:
         """By how much the logit of the label is below the largest, as a negative number."""
-        if self.y is None:
+        if self.y is None or self.tile is WHOLE:  # whose labels are checked by the look-up alone
             return self.x.gather(1, self.index) - self.top
         lowest = torch.finfo(self.dtype).min  # 0 * -inf is NaN
         found = (self.y * self.x.clamp(min=lowest)).sum(1, keepdim=True)
