@@ -304,16 +304,22 @@ class CrossEntropy(Formula):
     pos_weight: Tensor | float
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        if not isinstance(self.pos_weight, Tensor) and self.pos_weight == 1:
+        if self.unweighted:
             return s.cross_entropy(y)
         if isinstance(y, Tensor):
             return mix(s.neg, s.pos * column(self.pos_weight), y)
         return s.pos * column(self.pos_weight) if y else s.neg
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        if self.unweighted:
+            return s.error(y)
         if isinstance(y, Tensor):
             return mix(s.p, s.q * -column(self.pos_weight), y)
         return s.q * -column(self.pos_weight) if y else s.p
+
+    @property
+    def unweighted(self) -> bool:
+        return not isinstance(self.pos_weight, Tensor) and self.pos_weight == 1
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +142,12 @@ class Formula:
     """A point-by-point loss; its fields are numbers, or tensors ``(C,)`` with one for each class.
 
     Two formulas with the same fields are equal, so that losses can share what was computed.
+
+    Attributes:
+        tilt: numbers (a, b) where the slope is ``spread * (a + b * y)``, as it is of counts.
     """
+
+    tilt: ClassVar[tuple[int, int] | None] = None
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         raise NotImplementedError
@@ -174,6 +181,8 @@ def column(weights: Any) -> Any:
 class Predicted(Formula):
     """The probability itself: its sum is the soft count of what is predicted."""
 
+    tilt = (1, 0)
+
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return s.p
 
@@ -184,6 +193,8 @@ class Predicted(Formula):
 @dataclass(frozen=True)
 class TruePositive(Formula):
     """The probability where the target says yes: its sum is the soft count of true positives."""
+
+    tilt = (0, 1)
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return s.p * y
@@ -209,6 +220,13 @@ class Mirrored(Formula):
 
     formula: Formula
 
+    @property
+    def tilt(self) -> tuple[int, int] | None:  # type: ignore[override]
+        if self.formula.tilt is None:
+            return None
+        level, rise = self.formula.tilt
+        return -level - rise, rise
+
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return self.formula.value(s.mirrored, 1 - y)
 
@@ -225,10 +243,15 @@ def pointwise(
 ) -> tuple[Tensor, ...]:
     """Evaluate formulas on the logits, all of them in one pass.
 
+    Args:
+        batch: the logits, targets and weights.
+        sums: formulas of which the sums over the places are wanted.
+        maps: formulas of which all values are wanted.
+        per_class: whether the sums are those of each class, or of all.
+
     Returns:
-        The weighted sums over the places of some formulas, ``(B, C)``, or ``(B, 1)`` unless
-        ``per_class``, then all weighted values of others, ``(B, C, P)``; float32, or float64 where
-        the logits are.
+        The weighted sums, ``(B, C)`` or ``(B, 1)``, then the weighted values, ``(B, C, P)``;
+        float32, or float64 where the logits are.
     """
     fitted = [tuple(formula.fitted(batch) for formula in formulas) for formulas in (sums, maps)]
     keep = (
@@ -268,13 +291,14 @@ class _Pointwise(torch.autograd.Function):
             block = _SigmoidBlock(tile, logits, target, weight)
             for index, formula in enumerate(mapped):
                 (values,) = block.evaluate(formula, "value")
-                maps[index] = tile.store(values, maps[index], logits, dtype)
+                maps[index] = tile.store(block.finished(values), maps[index], logits, dtype)
             for formula, result in zip(summed, sums, strict=True):
                 if keep:
                     values, slopes = block.evaluate(formula, "both")
-                    kept = tile.store(slopes, kept, logits, logits.dtype)
+                    kept = tile.store(block.finished(slopes), kept, logits, logits.dtype)
                 else:
                     (values,) = block.evaluate(formula, "value")
+                values = block.finished(values)
                 result[tile.part, tile.rows] = values.sum(over).view(-1, shape[-1])
         return *(result.sum(0) for result in sums), *maps, kept
 
@@ -303,12 +327,7 @@ class _Pointwise(torch.autograd.Function):
             # In the same way as those that are kept, so that another backward gives the same
             # digits, but for logits of half precision, in which what is kept is rounded.
             method: Method = "both" if ctx.keep else "slope"
-            slopes = [block.evaluate(formula, method)[-1] for formula, _ in found]
-            scales = [tile.of(factor) for _, factor in found]
-            total = slopes[0] * scales[0]
-            for slope, scale in zip(slopes[1:], scales[1:], strict=True):
-                total = total.addcmul(slope, scale)
-            return total
+            return block.gradient([(each, tile.of(factor)) for each, factor in found], method)
 
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
             return gradient(WHOLE).to(logits.dtype), *nothing
@@ -333,7 +352,8 @@ class _SigmoidBlock(Part):
     def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
         super().__init__(tile, logits, target, weight)
         # Where there are gaps to be filled in the results, they need none in the logits.
-        self.s = Sigmoid(self.x if self.gaps is None else tile.of(logits).to(self.dtype))
+        x = self.x if self.gaps is None else tile.of(logits).to(self.dtype)
+        self.s = Sigmoid(x)
         self.label: Label = 0 if self.y is None else self.y
         self.entries: tuple[Tensor, ...] | None = None
         """Where the label is something else, among the few that only the CPU can look up."""
@@ -341,10 +361,10 @@ class _SigmoidBlock(Part):
             self._look_up()
         elif self.y is None:
             # Compared, not scattered: a compiler can then compute all in one loop.
-            classes = torch.arange(self.x.shape[1], device=self.x.device)
+            classes = torch.arange(x.shape[1], device=x.device)
             self.hot = (self.labels.unsqueeze(-1) == classes).movedim(-1, 1)
             self.index = self.labels.clamp(min=0).unsqueeze(1)
-            self.at_index = Sigmoid(self.x.gather(1, self.index))
+            self.at_index = Sigmoid(x.gather(1, self.index))
 
     def _look_up(self) -> None:
         if self.y is None:
@@ -354,7 +374,8 @@ class _SigmoidBlock(Part):
         else:
             # As integers of the same bits, and in the order of memory, they are found much faster.
             bits = self.y.view(torch.int64 if self.dtype == torch.float64 else torch.int32)
-            if bits.count_nonzero() * FEW >= bits.numel():
+            # The sum takes less time than to count, which is in vain where they are not few.
+            if any(count() * FEW >= bits.numel() for count in (self.y.sum, bits.count_nonzero)):
                 return
             order = (0, 2, 1) if bits.stride(1) < bits.stride(2) else (0, 1, 2)
             found = bits.permute(order).nonzero(as_tuple=True)
@@ -367,7 +388,7 @@ class _SigmoidBlock(Part):
         return Sigmoid(self.s.x[self.entries])
 
     def evaluate(self, formula: Formula, method: Method) -> tuple[Tensor, ...]:
-        """Its weighted values, slopes, or both, ``(b, C, n)``."""
+        """Its values, slopes, or both, ``(b, C, n)``."""
 
         def results(formula: Formula, s: Sigmoid, y: Label) -> tuple[Tensor, ...]:
             found = getattr(formula, method)(s, y)
@@ -380,14 +401,34 @@ class _SigmoidBlock(Part):
         elif self.y is None:
             chosen = results(formula.of_classes(self.index), self.at_index, 1)
             found = tuple(torch.where(self.hot, *pair) for pair in zip(chosen, found, strict=True))
-        return tuple(map(self._finished, found))
-
-    def _finished(self, values: Tensor) -> Tensor:
-        if self.gaps is None:
-            return self.weighted(values)
-        return self.cleared(values if self.only_gaps else self.weighted(values))
+        return found
 
     def _put(self, values: Tensor, chosen: Tensor) -> Tensor:
         # Even where these are p itself: every other formula replaces the same entries.
         values[self.entries] = chosen
         return values
+
+    def gradient(self, pairs: Sequence[tuple[Formula, Tensor]], method: Method) -> Tensor:
+        """The weighted sum of the slopes of formulas, each times a factor."""
+        tilts = []
+        slopes = []
+        for formula, factor in pairs:
+            if formula.tilt is not None and isinstance(self.label, Tensor):
+                tilts.append([number * factor for number in formula.tilt])
+            else:
+                slopes.append((self.evaluate(formula, method)[-1], factor))
+        if tilts:  # one slope for all
+            level, rise = (reduce(add, each) for each in zip(*tilts, strict=True))
+            # addcmul would be slow with two factors that are broadcast
+            slopes.append(((self.label * rise).add_(level), self.s.spread))
+        (slope, factor), *others = slopes
+        total = slope * factor
+        for slope, factor in others:
+            total.addcmul_(slope, factor)
+        return self.finished(total)
+
+    def finished(self, values: Tensor) -> Tensor:
+        """Values with their weights."""
+        if self.gaps is None:
+            return self.weighted(values)
+        return self.cleared(values if self.only_gaps else self.weighted(values))

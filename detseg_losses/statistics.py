@@ -217,7 +217,7 @@ class OfLabel(Formula):
     """The negative log likelihood of the label, one of two."""
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.cross_entropy(y) * 2 / 2  # infinite again where the difference was
+        return s.cross_entropy(y).mul_(2).div_(2)  # infinite again where the difference was
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return s.error(y)
@@ -270,9 +270,13 @@ def _true(batch: Batch, power: int = 1) -> Tensor:
         if w is not None:
             y = y.masked_fill(w == 0, 0) * w
         return y.sum(-1, dtype=batch.dtype)
+    classes = batch.logits.shape[1]
+    if w is None and classes == 2:
+        second = y.sum(-1)
+        return torch.stack((y.shape[-1] - second, second), 1).to(batch.dtype)
     ones = batch.logits.new_ones((), dtype=batch.dtype)
     counts = ones.expand(y.shape) if w is None else w.squeeze(1).to(batch.dtype)
-    return _class_sums(counts, batch.labels(), batch.logits.shape[1])
+    return _class_sums(counts, batch.labels(), classes)
 
 
 def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -473,7 +477,8 @@ class _SoftmaxBlock(Part):
         weighted = []  # the gradients of maps, the weights of their classes, and the sum of those
         if tp is not None and self.y is not None:
             hits = tp.unsqueeze(-1)
-            each = hits * self.y if each is None else torch.addcmul(each, hits, self.y)
+            # addcmul would be slow with two factors that are broadcast
+            each = hits * self.y if each is None else (hits * self.y).add_(each)
         elif tp is not None:
             hit = self.e.gather(1, self.index) * self.share * tp.gather(1, self.labels)[:, None]
             rows.append(-hit)
