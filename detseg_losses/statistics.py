@@ -27,6 +27,7 @@ from .pointwise import (
     Squared,
     TruePositive,
     pointwise,
+    spend,
 )
 
 Need = Literal["regions", "squares", "nll", "smooth"] | Formula
@@ -319,9 +320,8 @@ class _Softmax(torch.autograd.Function):
         of_pixels = logits[:, 0]
         counts = logits.new_zeros((3, tiles[-1].part + 1, images, classes), dtype=dtype)
         for tile in tiles:
-            block = _SoftmaxBlock(tile, logits, target, weight, class_weights)
-            if kept is not None:
-                tile.of(kept).copy_(block.e)
+            into = None if kept is None else tile.of(kept)
+            block = _SoftmaxBlock(tile, logits, target, weight, class_weights, into=into)
             if wants[0]:
                 nll = tile.store(block.nll(), nll, of_pixels, dtype)
             if wants[1]:
@@ -353,7 +353,7 @@ class _Softmax(torch.autograd.Function):
         logits, target, weight, class_weights = ctx.saved_tensors
 
         def gradient(tile: Block, e: Tensor | None = None) -> Tensor:
-            block = _SoftmaxBlock(tile, logits, target, weight, class_weights, e)
+            block = _SoftmaxBlock(tile, logits, target, weight, class_weights, e=e)
             of_block = [None if g is None else tile.of(g) for g in maps]
             of_images = [None if g is None else g[tile.rows] for g in counts]
             return block.gradient(*of_block, *of_images)
@@ -382,10 +382,12 @@ class _SoftmaxBlock(Part):
         target: Tensor,
         weight: Tensor | None,
         class_weights: Tensor | None,
+        *,
         e: Tensor | None = None,
+        into: Tensor | None = None,
     ) -> None:
         super().__init__(tile, logits, target, weight)
-        self.e = (self.x - self.top).exp_() if e is None else e
+        self.e = torch.sub(self.x, self.top, out=into).exp_() if e is None else e
         self.z = self.e.sum(1, keepdim=True)
         self.share = self.weighted(self.z.reciprocal())  # w / z: what each e counts
         self.class_weights = None if class_weights is None else class_weights[:, None]
@@ -499,9 +501,9 @@ class _SoftmaxBlock(Part):
         weighted = [(self.counted(g).unsqueeze(1), w, t) for g, w, t in weighted]
         rows += [grad * total for grad, _, total in weighted]
         row = reduce(add, rows) / self.z
-        gradient = self.e * (row if each is None else torch.addcmul(row, each, self.share))
+        gradient = spend(self.e, row if each is None else torch.addcmul(row, each, self.share))
         for grad, weights, _ in weighted:
-            gradient = gradient.addcmul(grad, weights, value=-1)
+            gradient.addcmul_(grad, weights, value=-1)
         if at_label:
-            gradient = gradient.scatter_add_(1, self.index, reduce(add, at_label))
+            gradient.scatter_add_(1, self.index, reduce(add, at_label))
         return gradient
