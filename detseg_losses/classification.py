@@ -486,11 +486,14 @@ class Harmonised(Formula):
         """The weights of the entries in each bin, added up."""
         logits = batch.logits.detach()
         weight = logits.new_ones(len(logits), 1, 1) if batch.weight is None else batch.weight
+        if batch.scale is not None:
+            weight = weight * batch.scale.unsqueeze(-1)
         counts = logits.new_zeros(self.bins, dtype=batch.dtype)
         for tile in blocks(logits):
             x, w = tile.of(logits), tile.of(weight)
             kept = None if batch.weight is None else w != 0
-            part = replace(batch, logits=x, target=tile.of(batch.target), weight=kept)
+            target = tile.of(batch.target)
+            part = replace(batch, logits=x, target=target, weight=kept, scale=None)
             (found,) = pointwise(part, maps=[Bin(self.bins)])
             each = counts.new_zeros(*x.shape[:2], self.bins)
             each = each.scatter_add(2, index_of(found, self.bins), w.to(counts).expand_as(x))

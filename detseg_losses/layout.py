@@ -29,6 +29,8 @@ class Batch:
             where everything counts. What has weight 0 is left out.
         shape: the shape that the logits came in.
         mode: how a segmentation model's channels are read; None in a detection head.
+        scale: a further factor of each image, ``(B, 1)``, which sums are multiplied with, not each
+            value; None where images count alike.
     """
 
     logits: Tensor
@@ -36,6 +38,7 @@ class Batch:
     weight: Tensor | None
     shape: torch.Size
     mode: Mode | None = None
+    scale: Tensor | None = None
 
     @property
     def dense(self) -> bool:
@@ -51,8 +54,10 @@ class Batch:
         """The weight of what counts, ``(B, C)``."""
         batch, classes, places = self.logits.shape
         if self.weight is None:
-            return self.logits.new_full((batch, classes), places, dtype=self.dtype)
-        return self.weight.sum(-1, dtype=self.dtype).expand(-1, classes)
+            counts = self.logits.new_full((batch, classes), places, dtype=self.dtype)
+        else:
+            counts = self.weight.sum(-1, dtype=self.dtype).expand(-1, classes)
+        return counts if self.scale is None else counts * self.scale
 
     def labels(self) -> Tensor:
         """Class indices ``(B, P)``; what is left out counts towards class 0, with weight 0."""
@@ -263,14 +268,18 @@ def detection_batch(
     y = channels_second(targets) if dense else targets.reshape(images, length)
     if kept is not None:
         kept = channels_second(kept) if dense else kept.reshape(images, 1, length)
+    scale = None
     if weight is not None:
         check_constant("weight", weight)
         if weight.dim() == inputs.dim():
             factor = channels_second(weight.expand(inputs.shape))
         else:
             factor = channels_second(weight.expand(places), 1)
+            if weight.dim() == len(places) > 1 and weight[:1].numel() == 1:
+                scale = factor[:, :, 0].to(compute_dtype(inputs.dtype))
+                factor = factor != 0
         kept = factor if kept is None else factor * kept
-    return Batch(x, y, kept, shape)
+    return Batch(x, y, kept, shape, scale=scale)
 
 
 def _resolve_mode(logits: Tensor, target: Tensor, mode: Mode | None) -> Mode:

@@ -263,6 +263,9 @@ def pointwise(
     )
     tensors = batch.logits, batch.target, batch.weight
     *results, _ = _Pointwise.apply(*tensors, *fitted, keep, per_class)
+    if batch.scale is not None:
+        results[: len(sums)] = (result * batch.scale for result in results[: len(sums)])
+        results[len(sums) :] = (result * batch.scale[..., None] for result in results[len(sums) :])
     return tuple(results)
 
 
