@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import FEW, WHOLE, Block, check_choice, compute_dtype, in_blocks, lazy
+from .base import WHOLE, Block, check_choice, compute_dtype, in_blocks, lazy
 
 Mode = Literal["multiclass", "binary", "multilabel"]
 
@@ -111,11 +111,10 @@ class Part:
     """One block of a batch, safe to compute with.
 
     Attributes:
-        x: logits ``(b, C, n)`` in the dtype of the computation; 0 where they are left out.
+        raw: logits ``(b, C, n)`` in the dtype of the computation.
+        x: the same with 0 where they are left out.
         w: weight, ``(b, 1, n)`` or ``(b, C, n)``; None where everything counts.
         left_out: where it is 0; None where it nowhere is.
-        gaps: the indices in ``(b, C, n)`` of what is left out, where it is little and on the CPU.
-        only_gaps: whether everything else counts alike.
         y: a dense target ``(b, C, n)``, else None.
         labels: class indices ``(b, n)``; what is left out has ``no_label``.
     """
@@ -126,18 +125,12 @@ class Part:
         self.tile, self.logits = tile, logits
         self.dtype = compute_dtype(logits.dtype)
         self.w = self.left_out = None
-        self.gaps: tuple[Any, ...] | None = None
-        self.only_gaps = weight is None or weight.dtype == torch.bool
         if weight is not None:
             w = tile.of(weight)
             left_out = w == 0
-            count = None if tile is WHOLE else int(left_out.count_nonzero())
-            if count != 0:
+            if tile is WHOLE or left_out.any():
                 self.left_out = left_out
-            if count and count * FEW < w.numel():
-                images, classes, places = left_out.nonzero(as_tuple=True)
-                self.gaps = images, slice(None) if w.shape[1] == 1 else classes, places
-            if self.left_out is not None or not self.only_gaps:
+            if self.left_out is not None or w.dtype != torch.bool:
                 self.w = w.to(self.dtype)
         y = tile.of(target)
         self.y = y.to(self.dtype) if target.dim() == 3 else None
@@ -145,18 +138,13 @@ class Part:
             self.labels = _labels(y, self.left_out, self.no_label)
 
     @lazy
-    def x(self) -> Tensor:
-        # Where it is left out it may even be infinite.
-        return self.cleared(self.tile.of(self.logits).to(self.dtype, copy=self.gaps is not None))
+    def raw(self) -> Tensor:
+        return self.tile.of(self.logits).to(self.dtype)
 
-    def cleared(self, values: Tensor) -> Tensor:
-        """Values ``(b, C, n)``, which may be written over, with 0 where they are left out."""
-        if self.left_out is None:
-            return values
-        if self.gaps is None:
-            return torch.where(self.left_out, 0, values)  # masked_fill loses the order of memory
-        values[self.gaps] = 0
-        return values
+    @lazy
+    def x(self) -> Tensor:
+        # Where it is left out it may even be infinite. And masked_fill loses the order of memory.
+        return self.raw if self.left_out is None else torch.where(self.left_out, 0, self.raw)
 
     def weighted(self, values: Tensor) -> Tensor:
         """Values times the weight."""

@@ -354,8 +354,15 @@ class _SigmoidBlock(Part):
 
     def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
         super().__init__(tile, logits, target, weight)
-        # Where there are gaps to be filled in the results, they need none in the logits.
-        x = self.x if self.gaps is None else tile.of(logits).to(self.dtype)
+        self.alike = weight is None or weight.dtype == torch.bool  # all that counts
+        self.gaps: tuple[Any, ...] | None = None
+        """Where it is left out, if that is little that can be looked up."""
+        out = self.left_out
+        if out is not None and tile is not WHOLE and out.count_nonzero() * FEW < out.numel():
+            images, classes, places = out.nonzero(as_tuple=True)
+            self.gaps = images, slice(None) if out.shape[1] == 1 else classes, places
+        # Gaps that are filled in the results are of no matter in the logits.
+        x = self.x if self.gaps is None else self.raw
         self.s = Sigmoid(x)
         self.label: Label = 0 if self.y is None else self.y
         self.entries: tuple[Tensor, ...] | None = None
@@ -364,8 +371,8 @@ class _SigmoidBlock(Part):
             self._look_up()
         elif self.y is None:
             # Compared, not scattered: a compiler can then compute all in one loop.
-            classes = torch.arange(x.shape[1], device=x.device)
-            self.hot = (self.labels.unsqueeze(-1) == classes).movedim(-1, 1)
+            classes = torch.arange(x.shape[1], dtype=self.dtype, device=x.device)
+            self.hot = (self.labels.to(self.dtype).unsqueeze(-1) == classes).movedim(-1, 1)
             self.index = self.labels.clamp(min=0).unsqueeze(1)
             self.at_index = Sigmoid(x.gather(1, self.index))
 
@@ -432,6 +439,8 @@ class _SigmoidBlock(Part):
 
     def finished(self, values: Tensor) -> Tensor:
         """Values with their weights."""
-        if self.gaps is None:
-            return self.weighted(values)
-        return self.cleared(values if self.only_gaps else self.weighted(values))
+        if self.gaps is None or not self.alike:
+            values = self.weighted(values)
+        if self.gaps is not None:
+            values[self.gaps] = 0
+        return values

@@ -387,6 +387,8 @@ class _SoftmaxBlock(Part):
         into: Tensor | None = None,
     ) -> None:
         super().__init__(tile, logits, target, weight)
+        if e is None and tile is not WHOLE and self.raw.sum().isfinite():
+            self.x = self.raw  # for which a weight of 0 is enough
         self.e = torch.sub(self.x, self.top, out=into).exp_() if e is None else e
         self.z = self.e.sum(1, keepdim=True)
         self.share = self.weighted(self.z.reciprocal())  # w / z: what each e counts
@@ -402,10 +404,14 @@ class _SoftmaxBlock(Part):
                 self.target_total = 1
 
     def hot(self) -> Tensor:
-        """The labels as a dense target: to compare few classes is faster than to look one up."""
-        classes = torch.arange(self.e.shape[1], dtype=self.dtype, device=self.e.device)
-        labels = self.index.to(self.dtype)  # as are the results, in one operation
-        return torch.eq(labels, classes.unsqueeze(1), out=torch.empty_like(self.e))
+        """The labels as a dense target: to compare few classes is faster than to look one up, and
+        to compare any number for a compiler.
+        """
+        classes = torch.arange(self.e.shape[1], dtype=self.dtype, device=self.e.device).unsqueeze(1)
+        labels = self.index.to(self.dtype)  # as the results, which is faster
+        if self.tile is WHOLE:
+            return (labels == classes).to(self.dtype)
+        return torch.eq(labels, classes, out=torch.empty_like(self.e))
 
     def weights_of_classes(self, y: Tensor) -> Tensor:
         """A target with the weights of the classes."""
