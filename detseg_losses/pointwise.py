@@ -288,22 +288,24 @@ class _Pointwise(torch.autograd.Function):
         shape = (tiles[-1].part + 1, images, classes if per_class else 1)
         over = -1 if per_class else (-2, -1)
         sums = [logits.new_zeros(shape, dtype=dtype) for _ in summed]
-        maps: list[Tensor | None] = [None for _ in mapped]
-        kept = None
-        for tile in tiles:
+        whole: list[Tensor | None] = [None] * (len(mapped) + 1)  # the maps, and what is kept
+
+        def compute(tile: Block) -> None:
             block = _SigmoidBlock(tile, logits, target, weight)
             for index, formula in enumerate(mapped):
                 (values,) = block.evaluate(formula, "value")
-                maps[index] = tile.store(block.finished(values), maps[index], logits, dtype)
+                whole[index] = tile.store(block.finished(values), whole[index], logits, dtype)
             for formula, result in zip(summed, sums, strict=True):
-                if keep:
-                    values, slopes = block.evaluate(formula, "both")
-                    kept = tile.store(block.finished(slopes), kept, logits, logits.dtype)
-                else:
-                    (values,) = block.evaluate(formula, "value")
-                values = block.finished(values)
-                result[tile.part, tile.rows] = values.sum(over).view(-1, shape[-1])
-        return *(result.sum(0) for result in sums), *maps, kept
+                values, *slopes = block.evaluate(formula, "both" if keep else "value")
+                for slope in slopes:
+                    slope = block.finished(slope)
+                    whole[-1] = tile.store(slope, whole[-1], logits, logits.dtype)
+                total = block.finished(values).sum(over)
+                result[tile.part, tile.rows] = total.view(-1, shape[-1])
+
+        for tile in tiles:
+            compute(tile)  # a function, so that what it leaves in the caches is reused by the next
+        return *(result.sum(0) for result in sums), *whole
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

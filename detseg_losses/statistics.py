@@ -331,6 +331,7 @@ class _Softmax(torch.autograd.Function):
                 counts[1, tile.part, tile.rows] = block.pred()
             if wants[3]:
                 counts[2, tile.part, tile.rows] = block.pred_sq()
+            del block  # the next one finds its memory in the caches
         tp, pred, pred_sq = counts.sum(1).unbind()
         regions = (tp, pred) if wants[2] else (None, None)
         return nll, smooth, *regions, pred_sq if wants[3] else None, kept
