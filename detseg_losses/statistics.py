@@ -296,6 +296,13 @@ def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
     return sums.view(images, bins, classes).sum(1)
 
 
+def _interleaved(logits: Tensor) -> bool:
+    """Whether logits of few classes have these last in memory (``torch.channels_last``), where
+    every operation with one number for each pixel would work through tiny rows.
+    """
+    return logits.shape[1] <= FEW and logits.stride(1) < logits.stride(2)
+
+
 class _Softmax(torch.autograd.Function):
     """nll and smooth ``(B, P)``, tp, pred and pred_sq ``(B, C)`` of logits ``(B, C, P)``, where
     wanted; tp and pred go together.
@@ -314,7 +321,7 @@ class _Softmax(torch.autograd.Function):
         dtype = compute_dtype(logits.dtype)
         tiles = blocks(logits, LARGER)
         # Time is dear on the CPU, elsewhere it is memory.
-        keep = keep and tiles[0] is not WHOLE and logits.dtype == dtype
+        keep = keep and tiles[0] is not WHOLE and logits.dtype == dtype and not _interleaved(logits)
         kept = torch.empty_like(logits) if keep else None
         nll = smooth = None
         of_pixels = logits[:, 0]
@@ -388,6 +395,8 @@ class _SoftmaxBlock(Part):
         into: Tensor | None = None,
     ) -> None:
         super().__init__(tile, logits, target, weight)
+        if tile is not WHOLE and _interleaved(logits):
+            self.raw = self.raw.contiguous()
         if e is None and tile is not WHOLE and self.raw.sum().isfinite():
             self.x = self.raw  # for which a weight of 0 is enough
         self.e = torch.sub(self.x, self.top, out=into).exp_() if e is None else e
