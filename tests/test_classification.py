@@ -467,6 +467,58 @@ def test_weight_0_leaves_out(name: str, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("count", [1, 25])
+@pytest.mark.parametrize("left_out", ["rows", "entries"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_what_is_left_out_may_hold_anything(
+    name: str, count: int, left_out: str, weighted: bool
+) -> None:
+    """Little that is looked up, and much; among rows and entries of which others have weights."""
+    loss = LOSSES[name][0]
+    x, index, y = logits(2, 40, 3), indices(-1, 3, 2, 40), values(2, 40, 3)
+    kept = torch.ones(2, 40, 3, dtype=torch.bool)
+    if left_out == "rows":
+        kept[1, :count] = False
+    else:
+        kept[1, :count, 1] = False
+    weight = values(2, 40, 3, seed=5) if weighted else torch.ones(2, 40, 3, dtype=torch.float64)
+    weight = (weight if left_out == "entries" else weight[:, :, :1].expand(2, 40, 3)) * kept
+    broken = x.masked_fill(~kept, torch.nan)
+    broken[1, 0, 1] = -torch.inf
+    for target in (index, y):
+        given = weight[:, :, 0] if left_out == "rows" else weight
+        value, grad = value_and_grad(loss, broken, target, weight=given, reduction="sum")
+
+        def expected(x: Tensor, target: Tensor = target) -> Tensor:
+            return (loss(x, target, reduction="none") * weight).sum()
+
+        assert_same((value, grad), value_and_grad(expected, x))
+        assert (grad[~kept] == 0).all()
+    if left_out == "rows" and not weighted:
+        marked = index.masked_fill(~kept[:, :, 0], -2)
+        assert_same(
+            value_and_grad(loss, broken, marked, reduction="mean"),
+            value_and_grad(loss, broken, index, weight=given, reduction="mean"),
+        )
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "ghm"])
+@pytest.mark.parametrize("target", ["index", "dense"])
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum"}, {}])
+def test_weights_of_images(name: str, target: str, options: dict[str, Any]) -> None:
+    """One weight for an image is the same as that weight for each of its rows; 0 leaves out."""
+    loss = ghm_loss if name == "ghm" else LOSSES[name][0]
+    x, index = logits(3, 20, 4), indices(-2, 4, 3, 20)
+    y = index if target == "index" else values(3, 20, 4)
+    x[1] = torch.inf
+    weight = torch.tensor([[0.5], [0.0], [2.0]], dtype=torch.float64)
+    assert_same(
+        value_and_grad(loss, x, y, weight=weight, **options),
+        value_and_grad(loss, x, y, weight=weight.repeat(1, 20), **options),
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 5, 3), (0, 2, 2, 3)])
 @pytest.mark.parametrize("dense", [True, False])
 def test_nothing_costs_nothing(name: str, shape: tuple[int, ...], dense: bool) -> None:

@@ -477,6 +477,24 @@ def test_compiles_into_one_graph(spec: str) -> None:
     torch.testing.assert_close(value_and_grad(compiled, x, y), expected)
 
 
+@pytest.mark.parametrize("target", ["index", "dense"])
+@pytest.mark.parametrize(("spec", "classes"), [("focal", 5), ("ce + dice", 3), ("ce + dice", 21)])
+def test_compiles_whatever_the_order_of_memory(spec: str, classes: int, target: str) -> None:
+    """Heads have their classes last, and so have masks in channels_last memory."""
+    generator = torch.Generator().manual_seed(0)
+    head = spec == "focal"
+    x = torch.randn(*((2, 40, classes) if head else (2, classes, 8, 5)), generator=generator)
+    y = torch.randint(-2 if head else 0, classes, (2, 40) if head else (2, 8, 5))
+    if target == "dense":
+        y = x.softmax(-1 if head else 1)
+    loss = build_loss(spec, **({} if head else {"mode": "multiclass"}))
+    x = x if head else x.contiguous(memory_format=torch.channels_last)
+    expected = value_and_grad(loss, x, y)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_grad(compiled, x, y), expected)
+
+
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no compiler")
 @pytest.mark.parametrize("spec", ["bce + dice", "ce + dice"])
 def test_the_compiled_code_computes_the_same(spec: str) -> None:
