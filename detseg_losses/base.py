@@ -285,7 +285,9 @@ class Block(NamedTuple):
     def store(
         self, values: Tensor, result: Tensor | None, like: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """The result so far, made like ``like`` by the first block, with the values of this one."""
+        """The result so far, made like ``like`` by the first block, with the values of this one;
+        of a whole the values themselves.
+        """
         if self is WHOLE:
             return values.to(dtype)
         if result is None:

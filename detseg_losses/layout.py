@@ -112,7 +112,7 @@ class Part:
 
     Attributes:
         raw: logits ``(b, C, n)`` in the dtype of the computation.
-        x: the same with 0 where they are left out.
+        x: the same with 0 where they are left out, as far as that matters.
         w: weight, ``(b, 1, n)`` or ``(b, C, n)``; None where everything counts.
         left_out: where it is 0; None where it nowhere is.
         y: a dense target ``(b, C, n)``, else None.
@@ -263,8 +263,9 @@ def detection_batch(
             factor = channels_second(weight.expand(inputs.shape))
         else:
             factor = channels_second(weight.expand(places), 1)
-            if weight.dim() == len(places) > 1 and weight[:1].numel() == 1:
-                scale = factor[:, :, 0].to(compute_dtype(inputs.dtype))
+            one_an_image = weight.dim() == len(places) > 1 and weight.shape[1:].numel() == 1
+            if one_an_image:
+                scale = weight.reshape(-1, 1).expand(images, 1).to(compute_dtype(inputs.dtype))
                 factor = factor != 0
         kept = factor if kept is None else factor * kept
     return Batch(x, y, kept, shape, scale=scale)
@@ -326,7 +327,7 @@ def _check_labels(y: Tensor, kept: Tensor | None, classes: range | None, validat
         return
     if not (validate or in_blocks(y)):
         return
-    # aminmax would copy a view, amin and amax are slow on integers.
+    # In one pass where it can be: aminmax copies what is not contiguous.
     extremes = torch.aminmax(y) if y.is_contiguous() else (y.amin(), y.amax())
     # Widened: torch would compare a uint8 label with -1 or 299 modulo 256.
     smallest, largest = (value.float() for value in extremes)

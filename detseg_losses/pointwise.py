@@ -144,10 +144,11 @@ class Formula:
     Two formulas with the same fields are equal, so that losses can share what was computed.
 
     Attributes:
-        tilt: numbers (a, b) where the slope is ``spread * (a + b * y)``, as it is of counts.
+        level_and_rise: numbers (a, b) where the slope is ``spread * (a + b * y)``, as it is of
+            counts; else None.
     """
 
-    tilt: ClassVar[tuple[int, int] | None] = None
+    level_and_rise: ClassVar[tuple[int, int] | None] = None
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         raise NotImplementedError
@@ -181,7 +182,7 @@ def column(weights: Any) -> Any:
 class Predicted(Formula):
     """The probability itself: its sum is the soft count of what is predicted."""
 
-    tilt = (1, 0)
+    level_and_rise = (1, 0)
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return s.p
@@ -194,7 +195,7 @@ class Predicted(Formula):
 class TruePositive(Formula):
     """The probability where the target says yes: its sum is the soft count of true positives."""
 
-    tilt = (0, 1)
+    level_and_rise = (0, 1)
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return s.p * y
@@ -221,10 +222,10 @@ class Mirrored(Formula):
     formula: Formula
 
     @property
-    def tilt(self) -> tuple[int, int] | None:  # type: ignore[override]
-        if self.formula.tilt is None:
+    def level_and_rise(self) -> tuple[int, int] | None:  # type: ignore[override]
+        if self.formula.level_and_rise is None:
             return None
-        level, rise = self.formula.tilt
+        level, rise = self.formula.level_and_rise
         return -level - rise, rise
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
@@ -288,24 +289,24 @@ class _Pointwise(torch.autograd.Function):
         shape = (tiles[-1].part + 1, images, classes if per_class else 1)
         over = -1 if per_class else (-2, -1)
         sums = [logits.new_zeros(shape, dtype=dtype) for _ in summed]
-        whole: list[Tensor | None] = [None] * (len(mapped) + 1)  # the maps, and what is kept
+        stored: list[Tensor | None] = [None] * (len(mapped) + 1)  # the maps, and what is kept
 
         def compute(tile: Block) -> None:
             block = _SigmoidBlock(tile, logits, target, weight)
             for index, formula in enumerate(mapped):
                 (values,) = block.evaluate(formula, "value")
-                whole[index] = tile.store(block.finished(values), whole[index], logits, dtype)
+                stored[index] = tile.store(block.finished(values), stored[index], logits, dtype)
             for formula, result in zip(summed, sums, strict=True):
                 values, *slopes = block.evaluate(formula, "both" if keep else "value")
                 for slope in slopes:
                     slope = block.finished(slope)
-                    whole[-1] = tile.store(slope, whole[-1], logits, logits.dtype)
+                    stored[-1] = tile.store(slope, stored[-1], logits, logits.dtype)
                 total = block.finished(values).sum(over)
-                result[tile.part, tile.rows] = total.view(-1, shape[-1])
+                result[tile.part, tile.rows] = total if per_class else total.unsqueeze(-1)
 
         for tile in tiles:
-            compute(tile)  # a function, so that what it leaves in the caches is reused by the next
-        return *(result.sum(0) for result in sums), *whole
+            compute(tile)  # whose temporaries are free when the next one asks for memory
+        return *(result.sum(0) for result in sums), *stored
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -329,10 +330,12 @@ class _Pointwise(torch.autograd.Function):
 
         def gradient(tile: Block) -> Tensor:
             block = _SigmoidBlock(tile, logits, target, weight)
-            # In the same way as those that are kept, so that another backward gives the same
-            # digits, but for logits of half precision, in which what is kept is rounded.
-            method: Method = "both" if ctx.keep else "slope"
-            return block.gradient([(each, tile.of(factor)) for each, factor in found], method)
+            if ctx.keep:
+                # In the same way as what is kept, so that another backward gives the same digits,
+                # but for logits of half precision, in which what is kept is rounded.
+                ((formula, factor),) = found
+                return block.finished(block.evaluate(formula, "both")[-1]) * tile.of(factor)
+            return block.gradient([(each, tile.of(factor)) for each, factor in found])
 
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
             return gradient(WHOLE).to(logits.dtype), *nothing
@@ -356,13 +359,14 @@ class _SigmoidBlock(Part):
 
     def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
         super().__init__(tile, logits, target, weight)
-        self.alike = weight is None or weight.dtype == torch.bool  # all that counts
         self.gaps: tuple[Any, ...] | None = None
         """Where it is left out, if that is little that can be looked up."""
         out = self.left_out
         if out is not None and tile is not WHOLE and out.count_nonzero() * FEW < out.numel():
             images, classes, places = out.nonzero(as_tuple=True)
             self.gaps = images, slice(None) if out.shape[1] == 1 else classes, places
+            if weight is not None and weight.dtype == torch.bool:
+                self.w = None  # everything but the gaps counts alike
         # Gaps that are filled in the results are of no matter in the logits.
         x = self.x if self.gaps is None else self.raw
         self.s = Sigmoid(x)
@@ -420,17 +424,17 @@ class _SigmoidBlock(Part):
         values[self.entries] = chosen
         return values
 
-    def gradient(self, pairs: Sequence[tuple[Formula, Tensor]], method: Method) -> Tensor:
+    def gradient(self, pairs: Sequence[tuple[Formula, Tensor]]) -> Tensor:
         """The weighted sum of the slopes of formulas, each times a factor."""
-        tilts = []
+        counts = []
         slopes = []
         for formula, factor in pairs:
-            if formula.tilt is not None and isinstance(self.label, Tensor):
-                tilts.append([number * factor for number in formula.tilt])
+            if formula.level_and_rise is not None and isinstance(self.label, Tensor):
+                counts.append([number * factor for number in formula.level_and_rise])
             else:
-                slopes.append((self.evaluate(formula, method)[-1], factor))
-        if tilts:  # one slope for all
-            level, rise = (reduce(add, each) for each in zip(*tilts, strict=True))
+                slopes.append((self.evaluate(formula, "slope")[0], factor))
+        if counts:  # one slope for all
+            level, rise = (reduce(add, each) for each in zip(*counts, strict=True))
             # addcmul would be slow with two factors that are broadcast
             slopes.append(((self.label * rise).add_(level), self.s.spread))
         (slope, factor), *others = slopes
@@ -440,9 +444,11 @@ class _SigmoidBlock(Part):
         return self.finished(total)
 
     def finished(self, values: Tensor) -> Tensor:
-        """Values with their weights."""
-        if self.gaps is None or not self.alike:
-            values = self.weighted(values)
+        """Values with their weights.
+
+        Gaps are filled even where the values are p itself: every other result has the same.
+        """
+        values = self.weighted(values)
         if self.gaps is not None:
             values[self.gaps] = 0
         return values

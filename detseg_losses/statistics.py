@@ -65,10 +65,10 @@ class Statistics:
 
 
 LARGER = 2
-"""Of how many times the size a block is: much is done for each pixel, which many threads can share
-only if there are many."""
+"""How many times as large a block is here: much is done once a pixel, and threads share that only
+if a block has many pixels."""
 
-FEW = 4
+FEW_CLASSES = 4
 """Of so few classes each label is compared with all, which is faster than to look its own up."""
 
 
@@ -300,7 +300,7 @@ def _interleaved(logits: Tensor) -> bool:
     """Whether logits of few classes have these last in memory (``torch.channels_last``), where
     every operation with one number for each pixel would work through tiny rows.
     """
-    return logits.shape[1] <= FEW and logits.stride(1) < logits.stride(2)
+    return logits.shape[1] <= FEW_CLASSES and logits.stride(1) < logits.stride(2)
 
 
 class _Softmax(torch.autograd.Function):
@@ -338,7 +338,7 @@ class _Softmax(torch.autograd.Function):
                 counts[1, tile.part, tile.rows] = block.pred()
             if wants[3]:
                 counts[2, tile.part, tile.rows] = block.pred_sq()
-            del block  # the next one finds its memory in the caches
+            del block  # its temporaries are free when the next one asks for memory
         tp, pred, pred_sq = counts.sum(1).unbind()
         regions = (tp, pred) if wants[2] else (None, None)
         return nll, smooth, *regions, pred_sq if wants[3] else None, kept
@@ -398,7 +398,8 @@ class _SoftmaxBlock(Part):
         if tile is not WHOLE and _interleaved(logits):
             self.raw = self.raw.contiguous()
         if e is None and tile is not WHOLE and self.raw.sum().isfinite():
-            self.x = self.raw  # for which a weight of 0 is enough
+            # All are finite: those that are left out need no 0, their weight of 0 removes them.
+            self.x = self.raw
         self.e = torch.sub(self.x, self.top, out=into).exp_() if e is None else e
         self.z = self.e.sum(1, keepdim=True)
         self.share = self.weighted(self.z.reciprocal())  # w / z: what each e counts
@@ -409,7 +410,9 @@ class _SoftmaxBlock(Part):
             self.target_total: Any = self.target_weights.sum(1, keepdim=True)
         else:
             self.index = self.labels.unsqueeze(1)
-            if torch.compiler.is_compiling() or (tile is not WHOLE and self.e.shape[1] <= FEW):
+            if torch.compiler.is_compiling() or (
+                tile is not WHOLE and self.e.shape[1] <= FEW_CLASSES
+            ):
                 self.y = self.target_weights = self.hot()
                 self.target_total = 1
 

@@ -516,6 +516,17 @@ def test_weights_of_images(name: str, target: str, options: dict[str, Any]) -> N
         value_and_grad(loss, x, y, weight=weight, **options),
         value_and_grad(loss, x, y, weight=weight.repeat(1, 20), **options),
     )
+    assert loss(x[:, :0], y[:, :0], weight=weight, **options).sum() == 0
+    assert loss(x[:0], y[:0], weight=weight[:1], **options).sum() == 0
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_another_backward_gives_the_same_digits(weighted: bool) -> None:
+    x = logits(400, 8).float().requires_grad_()
+    weight = values(400).float() if weighted else None
+    loss = sigmoid_focal_loss(x, values(400, 8).float(), weight=weight, reduction="mean")
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -532,6 +543,12 @@ def test_nothing_costs_nothing(name: str, shape: tuple[int, ...], dense: bool) -
         assert value == 0
         assert x.grad is not None
         assert x.grad.shape == shape
+
+
+def test_no_classes_cost_nothing() -> None:
+    x = torch.zeros(5, 0)
+    for weights in (None, torch.zeros(0)):
+        assert sigmoid_focal_loss(x, x, class_weights=weights, reduction="sum") == 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
