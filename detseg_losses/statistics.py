@@ -397,7 +397,8 @@ class _SoftmaxBlock(Part):
         super().__init__(tile, logits, target, weight)
         if tile is not WHOLE and _interleaved(logits):
             self.raw = self.raw.contiguous()
-        if e is None and tile is not WHOLE and self.raw.sum().isfinite():
+        looked_at = e is None and tile is not WHOLE and self.left_out is not None
+        if looked_at and self.raw.sum().isfinite():
             # All are finite: those that are left out need no 0, their weight of 0 removes them.
             self.x = self.raw
         self.e = torch.sub(self.x, self.top, out=into).exp_() if e is None else e
