@@ -311,6 +311,8 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *tensors, ctx.summed, ctx.mapped, ctx.keep, _ = inputs
+        ctx.alone = len(ctx.summed) == 1 and not ctx.mapped
+        ctx.classes_last = inputs[0].stride(1) < inputs[0].stride(2)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.kept = output[-1]
@@ -330,12 +332,17 @@ class _Pointwise(torch.autograd.Function):
 
         def gradient(tile: Block) -> Tensor:
             block = _SigmoidBlock(tile, logits, target, weight)
-            if ctx.keep:
-                # In the same way as what is kept, so that another backward gives the same digits,
-                # but for logits of half precision, in which what is kept is rounded.
-                ((formula, factor),) = found
-                return block.finished(block.evaluate(formula, "both")[-1]) * tile.of(factor)
-            return block.gradient([(each, tile.of(factor)) for each, factor in found])
+            if not ctx.alone:
+                return block.gradient([(each, tile.of(factor)) for each, factor in found])
+            # In the same way as what is kept, so that another backward gives the same digits,
+            # but for logits of half precision, in which what is kept is rounded.
+            ((formula, factor),) = found
+            slope = block.finished(block.evaluate(formula, "both" if ctx.keep else "slope")[-1])
+            factor = tile.of(factor)
+            if not ctx.classes_last:
+                return slope * factor
+            # A compiler lays a result out by the dimensions that its last operation sees.
+            return (slope.movedim(1, -1) * factor.movedim(1, -1)).movedim(-1, 1)
 
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow
             return gradient(WHOLE).to(logits.dtype), *nothing
