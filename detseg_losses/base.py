@@ -13,17 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .memory import empty_like
+
 Kind = Literal["classification", "boxes", "deltas", "distribution", "segmentation"]
 Reduction = Literal["none", "mean", "sum"]
 
 # Elements of one block on the CPU. A block and the handful of temporaries made from it stay in
 # the caches, so that a long chain of operations reads the logits from memory once.
 BLOCK = 1 << 19
-
-# glibc's malloc returns the memory of a freed block to the system at once, and to be given it back
-# costs several times what a computation on it does. Once a chunk of nearly 32 MB (its limit) has
-# been freed, it keeps that much for reuse.
-torch.empty(31 << 20, dtype=torch.uint8)
 
 FEW = 16
 """Of so many entries one is looked up faster than all are computed."""
@@ -291,7 +288,7 @@ class Block(NamedTuple):
         if self is WHOLE:
             return values.to(dtype)
         if result is None:
-            result = torch.empty_like(like, dtype=dtype)
+            result = empty_like(like, dtype)
         self.of(result).copy_(values)
         return result
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .base import WHOLE, Block, blocks, compute_dtype, has_graph, in_blocks, lazy
 from .layout import Batch, Mode, Part, segmentation_batch
+from .memory import empty_like
 from .pointwise import (
     Formula,
     Label,
@@ -322,7 +323,7 @@ class _Softmax(torch.autograd.Function):
         tiles = blocks(logits, LARGER)
         # Time is dear on the CPU, elsewhere it is memory.
         keep = keep and tiles[0] is not WHOLE and logits.dtype == dtype and not _interleaved(logits)
-        kept = torch.empty_like(logits) if keep else None
+        kept = empty_like(logits, dtype) if keep else None
         nll = smooth = None
         of_pixels = logits[:, 0]
         counts = logits.new_zeros((3, tiles[-1].part + 1, images, classes), dtype=dtype)

@@ -1,0 +1,43 @@
+"""Memory on the CPU, which is dear when it is new.
+
+The system hands it out page by page, each when it is first written to; for a large gradient that
+takes longer than to compute it. So what a loss has used, the next one uses again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections import deque
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+# glibc's malloc returns the memory of a freed block to the system at once. Once a chunk of nearly
+# 32 MB (its limit) has been freed, it keeps that much for reuse.
+torch.empty(31 << 20, dtype=torch.uint8)
+
+LARGE = 32 << 20
+"""Bytes beyond that limit: malloc gets and returns so large a chunk each time."""
+
+spare: deque[mmap.mmap] = deque(maxlen=1)
+"""The memory of the last large result, once nothing refers to it any more."""
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``torch.empty_like`` on the CPU. A large one takes the memory that is spare, if its size is
+    right: in training each step's gradient that of the step before.
+    """
+    size = tensor.numel() * dtype.itemsize
+    if size < LARGE:
+        return torch.empty_like(tensor, dtype=dtype)
+    memory = None
+    with suppress(IndexError):
+        memory = spare.pop()
+    if memory is None or len(memory) != size:
+        memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    view = memoryview(memory)  # it lives as long as the result, and whatever shares its storage
+    weakref.finalize(view, spare.append, memory).atexit = False
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return torch.frombuffer(view, dtype=dtype).as_strided(tensor.shape, strides)
