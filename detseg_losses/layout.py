@@ -329,8 +329,8 @@ def _check_labels(y: Tensor, kept: Tensor | None, classes: range | None, validat
         return
     # In one pass where it can be: aminmax copies what is not contiguous.
     extremes = torch.aminmax(y) if y.is_contiguous() else (y.amin(), y.amax())
-    # Widened: torch would compare a uint8 label with -1 or 299 modulo 256.
-    smallest, largest = (value.float() for value in extremes)
+    # As numbers: torch would compare a uint8 label with -1 or 299 modulo 256.
+    smallest, largest = (value.item() for value in extremes)
     low, high = (0, 1) if classes is None else (classes[0], classes[-1])
     if low <= smallest and largest <= high:
         return

@@ -18,7 +18,7 @@ from torch import Tensor
 # 32 MB (its limit) has been freed, it keeps that much for reuse.
 torch.empty(31 << 20, dtype=torch.uint8)
 
-LARGE = 32 << 20
+LARGE = 64 << 20
 """Bytes beyond that limit: malloc gets and returns so large a chunk each time."""
 
 spare: deque[mmap.mmap] = deque(maxlen=1)

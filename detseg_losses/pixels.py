@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -354,9 +356,12 @@ class Pixels:
             return self.batch.pixels(loss)
         if self.reduction == "sum":
             return loss.sum()
-        counts = torch.ones_like(loss) if self.class_weight is None else self.class_weight
-        counts = counts if weight is None else counts * weight
-        return mean_of_sums(loss.sum(-1), counts.sum(-1), per_image=self.per_image, sync=self.sync)
+        weights = [each for each in (self.class_weight, weight) if each is not None]
+        if weights:
+            counts = functools.reduce(operator.mul, weights).sum(-1, dtype=loss.dtype)
+        else:
+            counts = loss.new_full((len(loss),), loss.shape[1])
+        return mean_of_sums(loss.sum(-1), counts, per_image=self.per_image, sync=self.sync)
 
 
 def pixels(

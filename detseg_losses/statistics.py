@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import WHOLE, Block, blocks, compute_dtype, has_graph, in_blocks, lazy
+from .base import WHOLE, Block, blocks, compute_dtype, exp_, has_graph, in_blocks, lazy
 from .layout import Batch, Mode, Part, segmentation_batch
 from .memory import empty_like
 from .pointwise import (
@@ -144,10 +144,9 @@ def measure(
         formulas += [Squared()] if "squares" in needs else []
     if formulas:
         result.sums = dict(zip(formulas, pointwise(batch, formulas), strict=True))
-    if "regions" in needs:
+    if "regions" in needs and not softmax:
+        result.pred, result.tp = result.sums[Predicted()], result.sums[TruePositive()]
         result.true = _true(batch)
-        if not softmax:
-            result.pred, result.tp = result.sums[Predicted()], result.sums[TruePositive()]
     if "squares" in needs:
         result.true_sq = _true(batch, power=2)
         if not softmax:
@@ -180,6 +179,7 @@ def _measure_two(result: Statistics, needs: Sequence[Need], weights: Tensor | No
     formulas: dict[str, Formula] = {}
     if "regions" in needs:
         formulas |= {"pred": Predicted(), "tp": TruePositive()}
+        result.true = _true(batch)
     if "squares" in needs:
         formulas["pred_sq"] = Squared()
     maps: dict[str, Formula] = {}
@@ -250,7 +250,7 @@ def _measure_classes(
         keep = keep and wants[2] and has_graph(batch.logits)
         tensors = batch.logits, batch.target, batch.weight, weights
         result.nll, result.smooth, *counts, _ = _Softmax.apply(*tensors, wants, keep)
-        result.tp, result.pred, result.pred_sq = counts
+        result.tp, result.pred, result.pred_sq, result.true = counts
 
 
 def weighted_counts(batch: Batch, factor: Tensor) -> Statistics:
@@ -265,20 +265,20 @@ def weighted_counts(batch: Batch, factor: Tensor) -> Statistics:
 
 def _true(batch: Batch, power: int = 1) -> Tensor:
     """The count of what is there, ``(B, C)``."""
-    y, w = batch.target, batch.weight
-    if batch.dense:
-        y = y.to(batch.dtype)
-        y = y if power == 1 else y**power
-        if w is not None:
-            y = y.masked_fill(w == 0, 0) * w
-        return y.sum(-1, dtype=batch.dtype)
-    classes = batch.logits.shape[1]
+    y = batch.target.to(batch.dtype) if batch.dense else batch.labels()
+    y = y**power if batch.dense and power > 1 else y
+    return _count(y, batch.weight, batch.logits.shape[1], batch.dtype)
+
+
+def _count(y: Tensor, w: Tensor | None, classes: int, dtype: torch.dtype) -> Tensor:
+    """The weighted count of each class, ``(B, C)``, of values ``(B, C, P)`` or labels ``(B, P)``."""
+    if y.dim() == 3:
+        return (y if w is None else y.masked_fill(w == 0, 0) * w).sum(-1, dtype=dtype)
     if w is None and classes == 2:
         second = y.sum(-1)
-        return torch.stack((y.shape[-1] - second, second), 1).to(batch.dtype)
-    ones = batch.logits.new_ones((), dtype=batch.dtype)
-    counts = ones.expand(y.shape) if w is None else w.squeeze(1).to(batch.dtype)
-    return _class_sums(counts, batch.labels(), classes)
+        return torch.stack((y.shape[-1] - second, second), 1).to(dtype)
+    counts = y.new_ones((), dtype=dtype).expand(y.shape) if w is None else w.squeeze(1).to(dtype)
+    return _class_sums(counts, y, classes)
 
 
 def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -305,8 +305,8 @@ def _interleaved(logits: Tensor) -> bool:
 
 
 class _Softmax(torch.autograd.Function):
-    """nll and smooth ``(B, P)``, tp, pred and pred_sq ``(B, C)`` of logits ``(B, C, P)``, where
-    wanted; tp and pred go together.
+    """nll and smooth ``(B, P)``, tp, pred, pred_sq and true ``(B, C)`` of logits ``(B, C, P)``,
+    where wanted; tp, pred and true go together.
     """
 
     @staticmethod
@@ -326,7 +326,7 @@ class _Softmax(torch.autograd.Function):
         kept = empty_like(logits, dtype) if keep else None
         nll = smooth = None
         of_pixels = logits[:, 0]
-        counts = logits.new_zeros((3, tiles[-1].part + 1, images, classes), dtype=dtype)
+        counts = logits.new_zeros((4, tiles[-1].part + 1, images, classes), dtype=dtype)
         for tile in tiles:
             into = None if kept is None else tile.of(kept)
             block = _SoftmaxBlock(tile, logits, target, weight, class_weights, into=into)
@@ -337,26 +337,27 @@ class _Softmax(torch.autograd.Function):
             if wants[2]:
                 counts[0, tile.part, tile.rows] = block.tp()
                 counts[1, tile.part, tile.rows] = block.pred()
+                counts[3, tile.part, tile.rows] = block.true()
             if wants[3]:
                 counts[2, tile.part, tile.rows] = block.pred_sq()
             del block  # its temporaries are free when the next one asks for memory
-        tp, pred, pred_sq = counts.sum(1).unbind()
-        regions = (tp, pred) if wants[2] else (None, None)
-        return nll, smooth, *regions, pred_sq if wants[3] else None, kept
+        tp, pred, pred_sq, true = counts.sum(1).unbind()
+        if not wants[2]:
+            tp = pred = true = None
+        return nll, smooth, tp, pred, pred_sq if wants[3] else None, true, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *tensors, _, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.kept = output[-1]
-        if ctx.kept is not None:
-            ctx.mark_non_differentiable(ctx.kept)
+        *_, true, ctx.kept = output
+        ctx.mark_non_differentiable(*(each for each in (true, ctx.kept) if each is not None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
-        maps, counts = grads[:2], grads[2:-1]
+        maps, counts = grads[:2], grads[2:-2]
         if all(grad is None for grad in (*maps, *counts)):
             return None, *nothing
         logits, target, weight, class_weights = ctx.saved_tensors
@@ -371,10 +372,13 @@ class _Softmax(torch.autograd.Function):
             return gradient(WHOLE).to(logits.dtype), *nothing
         # The gradient is written over what was kept; another backward computes that anew.
         kept, ctx.kept = ctx.kept, None
-        result = kept
+        if kept is not None:
+            for tile in blocks(logits, LARGER):
+                gradient(tile, tile.of(kept))
+            return kept, *nothing
+        result = None
         for tile in blocks(logits, LARGER):
-            values = gradient(tile, None if kept is None else tile.of(kept))
-            result = tile.store(values, result, logits, logits.dtype)
+            result = tile.store(gradient(tile), result, logits, logits.dtype)
         return result, *nothing
 
 
@@ -402,7 +406,7 @@ class _SoftmaxBlock(Part):
         if looked_at and self.raw.sum().isfinite():
             # All are finite: those that are left out need no 0, their weight of 0 removes them.
             self.x = self.raw
-        self.e = torch.sub(self.x, self.top, out=into).exp_() if e is None else e
+        self.e = exp_(torch.sub(self.x, self.top, out=into)) if e is None else e
         self.z = self.e.sum(1, keepdim=True)
         self.share = self.weighted(self.z.reciprocal())  # w / z: what each e counts
         self.class_weights = None if class_weights is None else class_weights[:, None]
@@ -470,6 +474,10 @@ class _SoftmaxBlock(Part):
 
     def pred(self) -> Tensor:
         return self.p.sum(-1)
+
+    def true(self) -> Tensor:
+        y = self.labels if self.y is None else self.y
+        return _count(y, self.w, self.e.shape[1], self.dtype)
 
     def pred_sq(self) -> Tensor:
         return (self.p * self.e / self.z).sum(-1)
