@@ -271,7 +271,7 @@ def _true(batch: Batch, power: int = 1) -> Tensor:
 
 
 def _count(y: Tensor, w: Tensor | None, classes: int, dtype: torch.dtype) -> Tensor:
-    """The weighted count of each class, ``(B, C)``, of values ``(B, C, P)`` or labels ``(B, P)``."""
+    """The weighted count of each class, ``(B, C)``, in dense or in index targets."""
     if y.dim() == 3:
         return (y if w is None else y.masked_fill(w == 0, 0) * w).sum(-1, dtype=dtype)
     if w is None and classes == 2:
@@ -342,9 +342,10 @@ class _Softmax(torch.autograd.Function):
                 counts[2, tile.part, tile.rows] = block.pred_sq()
             del block  # its temporaries are free when the next one asks for memory
         tp, pred, pred_sq, true = counts.sum(1).unbind()
-        if not wants[2]:
-            tp = pred = true = None
-        return nll, smooth, tp, pred, pred_sq if wants[3] else None, true, kept
+        squares = pred_sq if wants[3] else None
+        if wants[2]:
+            return nll, smooth, tp, pred, squares, true, kept
+        return nll, smooth, None, None, squares, None, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -420,7 +421,7 @@ class _SoftmaxBlock(Part):
                 tile is not WHOLE and self.e.shape[1] <= FEW_CLASSES
             ):
                 self.y = self.target_weights = self.hot()
-                self.target_total = 1
+                self.target_total = None  # 1, which a gradient need not be multiplied with
 
     def hot(self) -> Tensor:
         """The labels as a dense target: to compare few classes is faster than to look one up, and
@@ -450,9 +451,12 @@ class _SoftmaxBlock(Part):
         """By how much the logit of the label is below the largest, as a negative number."""
         if self.y is None or self.tile is WHOLE:  # whose labels are checked by the look-up alone
             return self.x.gather(1, self.index) - self.top
-        lowest = torch.finfo(self.dtype).min  # 0 * -inf is NaN
-        found = (self.y * self.x.clamp(min=lowest)).sum(1, keepdim=True)
-        return found.mul_(2).div_(2) - self.top  # infinite again where it was
+        found = (self.y * self.x).sum(1, keepdim=True)
+        if not found.sum().isfinite():  # 0 * -inf is NaN
+            lowest = torch.finfo(self.dtype).min
+            found = (self.y * self.x.clamp(min=lowest)).sum(1, keepdim=True)
+            found.mul_(2).div_(2)  # infinite again where it was
+        return found - self.top
 
     def nll(self) -> Tensor:
         if self.dense:
@@ -528,7 +532,7 @@ class _SoftmaxBlock(Part):
             weights = self.smooth_weights()
             weighted.append((smooth, weights, weights.sum()))
         weighted = [(self.counted(g).unsqueeze(1), w, t) for g, w, t in weighted]
-        rows += [grad * total for grad, _, total in weighted]
+        rows += [grad if total is None else grad * total for grad, _, total in weighted]
         row = reduce(add, rows) / self.z
         gradient = spend(self.e, row if each is None else torch.addcmul(row, each, self.share))
         for grad, weights, _ in weighted:
