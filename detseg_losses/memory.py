@@ -19,7 +19,7 @@ from torch import Tensor
 torch.empty(31 << 20, dtype=torch.uint8)
 
 LARGE = 64 << 20
-"""Bytes beyond that limit: malloc gets and returns so large a chunk each time."""
+"""Bytes that are worth holding memory for; malloc gets and returns so large a chunk each time."""
 
 spare: deque[mmap.mmap] = deque(maxlen=1)
 """The memory of the last large result, once nothing refers to it any more."""

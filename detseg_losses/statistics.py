@@ -335,11 +335,12 @@ class _Softmax(torch.autograd.Function):
             if wants[1]:
                 smooth = tile.store(block.smooth(), smooth, of_pixels, dtype)
             if wants[2]:
-                counts[0, tile.part, tile.rows] = block.tp()
                 counts[1, tile.part, tile.rows] = block.pred()
                 counts[3, tile.part, tile.rows] = block.true()
             if wants[3]:
                 counts[2, tile.part, tile.rows] = block.pred_sq()
+            if wants[2]:  # the last, for it spends p
+                counts[0, tile.part, tile.rows] = block.tp()
             del block  # its temporaries are free when the next one asks for memory
         tp, pred, pred_sq, true = counts.sum(1).unbind()
         squares = pred_sq if wants[3] else None
@@ -488,7 +489,7 @@ class _SoftmaxBlock(Part):
 
     def tp(self) -> Tensor:
         if self.y is not None:
-            return (self.p * self.y).sum(-1)
+            return spend(self.p, self.y).sum(-1)
         hit = self.below.exp() * self.share
         return _class_sums(hit.squeeze(1), self.labels, self.e.shape[1])
 
