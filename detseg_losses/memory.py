@@ -18,8 +18,10 @@ from torch import Tensor
 # 32 MB (its limit) has been freed, it keeps that much for reuse.
 torch.empty(31 << 20, dtype=torch.uint8)
 
-LARGE = 64 << 20
-"""Bytes that are worth holding memory for; malloc gets and returns so large a chunk each time."""
+LARGE = 1 << 24
+"""Elements that are worth holding memory for: malloc gets and returns so large a chunk, beyond its
+limit in every dtype, each time.
+"""
 
 spare: deque[mmap.mmap] = deque(maxlen=1)
 """The memory of the last large result, once nothing refers to it any more."""
@@ -29,9 +31,9 @@ def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``torch.empty_like`` on the CPU. A large one takes the memory that is spare, if its size is
     right: in training each step's gradient that of the step before.
     """
-    size = tensor.numel() * dtype.itemsize
-    if size < LARGE:
+    if tensor.numel() < LARGE:
         return torch.empty_like(tensor, dtype=dtype)
+    size = tensor.numel() * dtype.itemsize
     memory = None
     with suppress(IndexError):
         memory = spare.pop()

@@ -24,7 +24,7 @@ KEPT = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(memory, "LARGE", 4096)
+    monkeypatch.setattr(memory, "LARGE", 1024)
     memory.spare.clear()
     yield
     memory.spare.clear()
