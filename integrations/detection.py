@@ -17,6 +17,7 @@ from detseg_losses.base import (
     Loss,
     check_choice,
     compute_dtype,
+    in_blocks,
     processes,
     rows_where,
     world_sum,
@@ -203,7 +204,13 @@ def class_losses(
         targets: of each image ``labels`` ``(G,)``.
         matched_idxs: of each image ``(A,)``: which object, -1 none, -2 left out.
         factor: what the anchors of each image count, ``(B, 1)``.
+
+    Raises:
+        ValueError: on a negative label, where that can be seen.
     """
+    for number, target in enumerate(targets):
+        if in_blocks(logits) and (target["labels"] < 0).any():  # they would count as background
+            raise ValueError(f"labels of image {number} are negative: {target['labels'].tolist()}")
     matched = torch.stack(matched_idxs)
     labels = torch.where(matched >= 0, of_matches("labels", targets, matched_idxs), matched)
     return {

@@ -362,3 +362,9 @@ def test_accumulated_batches_equal_the_big_one(images, targets):
         (sum(losses.values()) / 2).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_negative_label_is_named(images, targets):
+    targets[2]["labels"][0] = -1
+    with pytest.raises(ValueError, match=r"labels of image 2 are negative: \[-1\]"):
+        use_losses(small_retinanet(), "giou + focal")(images, targets)

@@ -370,6 +370,21 @@ def test_learned_weights_are_not_resumed_with_another_loss(
     assert "has the state of 'learned*ce + dice'" in error
 
 
+@pytest.mark.parametrize("option", ["train.optimizer=adamw", "model.fpn_channels=16"])
+def test_a_resumed_run_keeps_its_model_and_its_optimizer(
+    one_step: tuple[list[str], Path], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, output = one_step
+    before = (output / "last.ckpt").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        run("train_det", f"--{option}", f"--output={output}", "--resume")
+    assert end.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train_det.py: error: ")
+    assert f"has {option.split('=')[0]}=" in error
+    assert (output / "last.ckpt").read_bytes() == before
+
+
 def test_accumulated_gradients_are_those_of_the_batch(
     one_step: tuple[list[str], Path], tmp_path: Path
 ) -> None:

@@ -92,7 +92,7 @@ def fit(
 
     Raises:
         UsageError: if the batches cannot be divided as configured, the run to resume had other
-            classes or learned weights, or the loss is no longer finite.
+            classes, learned weights, another model or optimizer, or the loss is no longer finite.
     """
     train = config.train
     criterion = ModelLosses(model)
@@ -116,6 +116,10 @@ def fit(
         checkpoint = load_checkpoint(output / "last.ckpt", config.task)
         if checkpoint["classes"] != images.data.classes:
             raise UsageError(f"{output} was trained for other classes: {checkpoint['classes']}")
+        now = _lasting(to_dict(config))
+        for option, value in _lasting(checkpoint["config"]).items():
+            if now[option] != value:
+                raise UsageError(f"{output} has {option}={value}, which a resumed run has to keep")
         model.load_state_dict(checkpoint["model"])
         try:
             criterion.load_state_dict(checkpoint.get("loss", {}))
@@ -240,6 +244,12 @@ def _moving_weights(criterion: ModelLosses) -> dict[str, Tensor]:
     """The weights that are on a ramp or learned, for the log."""
     factors = criterion.factors.items()
     return {f"weight_{name}": f.detach() for name, f in factors if isinstance(f, Tensor)}
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """The options on which the content of a checkpoint depends."""
+    model = {f"model.{option}": value for option, value in config["model"].items()}
+    return model | {"train.optimizer": config["train"]["optimizer"]}
 
 
 def _make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
