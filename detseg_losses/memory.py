@@ -7,6 +7,7 @@ takes longer than to compute it. So what a loss has used, the next one uses agai
 from __future__ import annotations
 
 import mmap
+import os
 import weakref
 from collections import deque
 from contextlib import suppress
@@ -28,17 +29,21 @@ spare: deque[mmap.mmap] = deque(maxlen=1)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``torch.empty_like`` on the CPU. A large one takes the memory that is spare, if its size is
-    right: in training each step's gradient that of the step before.
+    """``torch.empty_like`` for tensors that are on the CPU, as the callers know. A large one takes
+    the memory that is spare, if its size is right: in training each step's gradient that of the
+    step before. Its storage cannot be resized.
     """
-    if tensor.numel() < LARGE:
+    if tensor.numel() < LARGE or os.name != "posix":
         return torch.empty_like(tensor, dtype=dtype)
     size = tensor.numel() * dtype.itemsize
     memory = None
-    with suppress(IndexError):
+    with suppress(IndexError):  # another thread may be faster
         memory = spare.pop()
     if memory is None or len(memory) != size:
-        memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+        try:
+            memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+        except OSError:  # there is not so much: torch says that in the words that callers know
+            return torch.empty_like(tensor, dtype=dtype)
     view = memoryview(memory)  # it lives as long as the result, and whatever shares its storage
     weakref.finalize(view, spare.append, memory).atexit = False
     strides = torch.empty_like(tensor, device="meta").stride()

@@ -341,7 +341,7 @@ class _Pointwise(torch.autograd.Function):
             factor = tile.of(factor)
             if not ctx.classes_last:
                 return slope * factor
-            # A compiler lays a result out by the dimensions that its last operation sees.
+            # In this order a compiler writes it once; else it would write it and transpose it.
             return (slope.movedim(1, -1) * factor.movedim(1, -1)).movedim(-1, 1)
 
         if torch.is_grad_enabled():  # create_graph: plain operations that autograd can follow

@@ -266,12 +266,15 @@ def weighted_counts(batch: Batch, factor: Tensor) -> Statistics:
 def _true(batch: Batch, power: int = 1) -> Tensor:
     """The count of what is there, ``(B, C)``."""
     y = batch.target.to(batch.dtype) if batch.dense else batch.labels()
-    y = y**power if batch.dense and power > 1 else y
+    if batch.dense and power > 1:
+        y = y**power
     return _count(y, batch.weight, batch.logits.shape[1], batch.dtype)
 
 
 def _count(y: Tensor, w: Tensor | None, classes: int, dtype: torch.dtype) -> Tensor:
-    """The weighted count of each class, ``(B, C)``, in dense or in index targets."""
+    """The weighted count of each class, ``(B, C)``, in a dense target ``(B, C, P)`` of the dtype,
+    or in class indices ``(B, P)``.
+    """
     if y.dim() == 3:
         return (y if w is None else y.masked_fill(w == 0, 0) * w).sum(-1, dtype=dtype)
     if w is None and classes == 2:
@@ -490,7 +493,7 @@ class _SoftmaxBlock(Part):
     def tp(self) -> Tensor:
         if self.y is not None:
             return spend(self.p, self.y).sum(-1)
-        hit = self.below.exp() * self.share
+        hit = self.e.gather(1, self.index) * self.share  # as in pred, which can be all of it
         return _class_sums(hit.squeeze(1), self.labels, self.e.shape[1])
 
     def gradient(

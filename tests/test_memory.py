@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -53,9 +54,8 @@ def test_a_step_takes_the_memory_of_the_step_before(
 @KEPT
 @pytest.mark.parametrize("hold", [Tensor.detach, lambda g: g[1:, :, 3], Tensor.numpy])
 def test_what_is_still_held_is_not_written_over(
-    spec: str, shape: tuple[int, ...], target: Tensor, hold: object
+    spec: str, shape: tuple[int, ...], target: Tensor, hold: Callable[[Tensor], Any]
 ) -> None:
-    assert callable(hold)
     logits = torch.randn(shape, requires_grad=True)
     held = hold(gradient(spec, logits, target))
     before = copy.deepcopy(held)
@@ -98,6 +98,11 @@ def test_memory_of_another_size_is_let_go() -> None:
     assert len(last) == 9 * 16 * 16 * 4  # the smallest is not large
 
 
+def test_too_much_memory_is_the_error_that_torch_raises() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        memory.empty_like(torch.empty(1).expand(1 << 60), torch.float32)
+
+
 def test_the_order_of_memory_and_the_dtype_are_those_asked_for() -> None:
     like = torch.empty(2, 8, 16, 16).to(memory_format=torch.channels_last)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -107,7 +112,7 @@ def test_the_order_of_memory_and_the_dtype_are_those_asked_for() -> None:
     assert memory.empty_like(transposed, torch.float32).stride() == transposed.stride()
 
 
-def test_a_gradient_is_a_tensor_like_any_other() -> None:
+def test_a_gradient_can_be_shared_and_clipped() -> None:
     logits = torch.randn(2, 5, 16, 16, requires_grad=True)
     found = gradient("ce + dice", logits, torch.randint(0, 5, (2, 16, 16)))
     values = copy.deepcopy(found)

@@ -438,3 +438,12 @@ def test_class_weights_of_generalised_dice() -> None:
     torch.testing.assert_close(one, 2 * each)  # of two classes that are there
     free = generalised_dice_loss(x, y, class_weights=[1, 1, 0], absent="penalise")
     torch.testing.assert_close(free, generalised_dice_loss(x, y))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 21])
+def test_a_class_that_fills_the_images_has_no_false_positives(classes):
+    for seed in range(50):
+        logits = 3 * torch.randn(1, classes, 1, 3, generator=torch.Generator().manual_seed(seed))
+        target = torch.full((1, 1, 3), seed % classes)
+        loss = tversky_loss(logits, target, alpha=1, beta=0)
+        assert loss == 0
