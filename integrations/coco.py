@@ -338,7 +338,7 @@ def _parse_runs(
         return [], "RLE is not of the image's size"
     counts = segmentation.get("counts")
     runs = _decompress(counts) if isinstance(counts, (str, bytes)) else counts
-    if not isinstance(runs, list) or not runs or any(type(r) is not int or r < 0 for r in runs):
+    if not isinstance(runs, list) or set(map(type, runs)) != {int} or min(runs) < 0:
         return [], "RLE has no valid counts"
     missing = image.width * image.height - sum(runs)
     if missing < 0:
@@ -565,8 +565,8 @@ def find_coco(root: Path, split: str, extra: Extra | None = None) -> tuple[Path,
         dated = [name for name in files if re.fullmatch(re.escape(split) + r"\d+", name)]
         if len(dated) != 1:
             raise DataError(
-                f"{root}: neither annotations/instances_{split}.json nor "
-                f"{split}/_annotations.coco.json is there; "
+                f"{root}: there is no split {shown(split)}, neither "
+                "annotations/instances_<split>.json nor <split>/_annotations.coco.json; "
                 f"splits found: {', '.join(sorted(files)) or 'none'}"
             )
         split = dated[0]
@@ -587,7 +587,7 @@ def _annotation_files(root: Path, extra: Extra | None = None) -> dict[str, Path]
     for prefix in ("instances_", "person_keypoints_") if extra == "keypoints" else ("instances_",):
         for file in (root / "annotations").glob(f"{prefix}*.json"):
             files[file.stem.removeprefix(prefix)] = file
-    return files
+    return {name: file for name, file in files.items() if inside(root, name)}
 
 
 def load_annotations(file: Path) -> dict[str, Any]:
@@ -644,7 +644,7 @@ def coco_metrics(
         DataError: the ground truth or the results are not such content (the entry is named), there
             are no images, or ``max_dets`` is below 10.
     """
-    if to_id(max_dets) is None or max_dets < 10:
+    if not isinstance(max_dets, int) or max_dets < 10:
         raise DataError(f"max_dets is {max_dets}; take an integer from 10 up")
     notes: list[str] = []
     content = check_content(ground_truth, "ground truth")

@@ -474,6 +474,8 @@ def check_regular(file: Path) -> None:
 
 def to_number(value: object) -> float | None:
     """A finite number that was written as one or, as some converters do, as text; else None."""
+    if type(value) is float:
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, (float, int, str, np.number)):
         return None
     if isinstance(value, str) and "_" in value:

@@ -16,14 +16,14 @@ import yaml
 
 from common.config import parse
 from common.errors import UsageError, usage_errors
-from detseg_losses.integrations.coco import find_coco, load_annotations
+from detseg_losses.integrations.coco import find_coco, find_image, load_annotations
 from detseg_losses.integrations.samples import (
     DataError,
     Fault,
     category_names,
     check_box,
-    check_image,
     report_faults,
+    to_flag,
 )
 
 
@@ -107,8 +107,8 @@ class Split:
         content = load_annotations(file)
         by_id = category_names(content["categories"])
         self.directory = directory
-        self.names = [by_id[key] for key in sorted(by_id)]
-        numbers = {key: number for number, key in enumerate(sorted(by_id), 1)}
+        self.names = list(by_id.values())
+        numbers = {key: number for number, key in enumerate(by_id, 1)}
         known = {image["id"] for image in content["images"]}
         images = _usable_images(file, directory, content["images"], faults)
         annotations = []
@@ -117,7 +117,7 @@ class Split:
             if not isinstance(image, int) or image not in known:
                 reason = "image id is not among the file's images"
                 faults.append(Fault(file, index, reason, image))
-            elif image not in images or annotation.get("iscrowd"):
+            elif image not in images or to_flag(annotation.get("iscrowd")):
                 continue
             elif not isinstance(category, int) or category not in numbers:
                 reason = "category id is not among the file's categories"
@@ -140,16 +140,18 @@ def _usable_images(
     images = {}
     label_files = set()
     for index, entry in enumerate(entries):
-        path = directory / entry["file_name"]
-        if check_image(path, (entry["width"], entry["height"]), faults) is None:
+        image = find_image(entry, index, file, directory, faults)
+        if image is None:
             continue
+        path = image.path
         label_file = path.with_suffix(".txt")
         if label_file in label_files:
             reason = "image would share the label file of an image before it"
             faults.append(Fault(file, index, reason, path))
         else:
             label_files.add(label_file)
-            images[entry["id"]] = entry
+            size = {"width": image.width, "height": image.height}
+            images[image.id] = entry | size | {"file_name": str(path.relative_to(directory))}
     return images
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     else:
         raise UsageError("give --checkpoint, or --predictions together with --annotations")
 
-    metrics = coco_metrics(truth, results)
+    metrics = coco_metrics(truth, results, max_dets=config.max_dets)
     print_metrics(metrics)
     if config.voc is not None:
         voc = voc_metrics(truth, results, eleven_point=config.voc == 2007)

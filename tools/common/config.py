@@ -227,6 +227,7 @@ class EvalDetectionConfig:
         predictions: COCO results file, to be evaluated without a model.
         annotations: COCO annotation file that belongs to predictions.
         voc: Compute VOC's AP as well: 2007 has 11 points, 2010 the whole area.
+        max_dets: How many detections of one class in one image count, at least 10.
         batch_size: Images in one forward pass.
         output: Folder for metrics.json and, with a checkpoint, results.json and predictions.png.
     """
@@ -236,6 +237,7 @@ class EvalDetectionConfig:
     predictions: str | None = None
     annotations: str | None = None
     voc: Literal[2007, 2010] | None = None
+    max_dets: PositiveInt = 100
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: PositiveInt = 8
     output: str | None = None
