@@ -94,8 +94,8 @@ class CocoDetection(DetectionData):
 
     def __init__(
         self,
-        annotations: Path,
-        images: Path,
+        annotations: Path | str,
+        images: Path | str,
         *,
         classes: Sequence[str] | None = None,
         faulty: Faulty = "skip",
@@ -172,8 +172,8 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
 
     def __init__(
         self,
-        annotations: Path,
-        images: Path,
+        annotations: Path | str,
+        images: Path | str,
         *,
         classes: Sequence[str] | None = None,
         faulty: Faulty = "skip",
@@ -273,12 +273,10 @@ def _parse_segmentation(annotation: dict[str, Any], image: ImageFile, report: Re
     """Polygons that draw something, or compressed RLE of the image's size; None without."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        runs, fault = _parse_runs(segmentation, annotation, image)
+        encoded, fault = _parse_rle(segmentation, annotation, image)
         if fault:
             report(fault, shown(segmentation))
-            return None
-        size = image.height, image.width
-        return rle.frPyObjects({"size": size, "counts": runs}, *size)
+        return encoded
     if not segmentation or not isinstance(segmentation, list):
         report("object has no segmentation", shown(segmentation) if segmentation else None)
         return None
@@ -330,35 +328,38 @@ def _longest(image: ImageFile) -> float:
     return 4 * image.width * image.height + 4 * _REACH * (image.width + image.height)
 
 
-def _parse_runs(
+def _parse_rle(
     segmentation: dict[str, Any], annotation: dict[str, Any], image: ImageFile
-) -> tuple[list[int], str | None]:
-    """The run lengths of an RLE, which pycocotools does not check; and the fault, or None."""
-    if to_numbers(segmentation.get("size"), 2) != [image.height, image.width]:
-        return [], "RLE is not of the image's size"
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Compressed RLE whose run lengths, which pycocotools does not check, are right; the fault."""
+    size = [image.height, image.width]
+    if to_numbers(segmentation.get("size"), 2) != size:
+        return None, "RLE is not of the image's size"
     counts = segmentation.get("counts")
+    compressed = isinstance(counts, (str, bytes))
     runs = _decompress(counts) if isinstance(counts, (str, bytes)) else counts
     if not isinstance(runs, list) or set(map(type, runs)) != {int} or min(runs) < 0:
-        return [], "RLE has no valid counts"
+        return None, "RLE has no valid counts"
     missing = image.width * image.height - sum(runs)
     if missing < 0:
-        return [], "RLE is longer than the image"
+        return None, "RLE is longer than the image"
     if not any(runs[1::2]):
-        return [], "RLE draws nothing"
-    if missing:
-        runs = [*runs, missing]
-        if len(runs) % 2 == 0 or not _fits(runs, annotation, image):
-            return [], "RLE ends before the image does"
-    return runs, None
+        return None, "RLE draws nothing"
+    if compressed and not missing:
+        return {"size": size, "counts": counts}, None
+    encoded = rle.frPyObjects(
+        {"size": size, "counts": [*runs, missing] if missing else runs}, *size
+    )
+    if missing and (len(runs) % 2 or not _fits(encoded, annotation)):
+        return None, "RLE ends before the image does"
+    return encoded, None
 
 
-def _fits(runs: list[int], annotation: dict[str, Any], image: ImageFile) -> bool:
-    """Whether runs, to which a last one of background was added, show the object as it is stated.
+def _fits(drawn: dict[str, Any], annotation: dict[str, Any]) -> bool:
+    """Whether RLE, to which a last run of background was added, shows the object as it is stated.
 
     Some converters do not write that run; but runs may be lost as well, and then so is the object.
     """
-    size = image.height, image.width
-    drawn = rle.frPyObjects({"size": size, "counts": runs}, *size)
     if (bbox := to_numbers(annotation.get("bbox"), 4)) is not None:
         x, y, w, h = (np.array(bbox) - rle.toBbox(drawn)).tolist()
         return max(map(abs, (x, y, x + w, y + h))) <= 2
@@ -379,14 +380,15 @@ def _decompress(counts: str | bytes) -> list[int] | None:
     codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return None
-    ends = np.flatnonzero(codes & 32 == 0)
-    starts = np.concatenate(([0], ends[:-1] + 1))
+    ends = (codes < 32).nonzero()[0]
+    starts = np.zeros_like(ends)
+    starts[1:] = ends[:-1] + 1
     lengths = ends - starts + 1
     if lengths.max() > 7:  # 35 bits; an image has fewer pixels
         return None
-    groups = np.arange(len(codes)) - np.repeat(starts, lengths)
+    groups = np.arange(codes.size) - starts.repeat(lengths)
     values = np.add.reduceat((codes & 31) << 5 * groups, starts)
-    values -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
+    values -= (codes[ends] >> 4) << 5 * lengths
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
     return values.tolist()
@@ -422,7 +424,7 @@ _FARTHEST = 1e9
 """Coordinates of keypoints beyond it are no pixels; float32 must hold them."""
 
 
-def _mirrored(file: Path, categories: list[dict[str, Any]], boxes: list[_Box]) -> list[int]:
+def _mirrored(file: Path | str, categories: list[dict[str, Any]], boxes: list[_Box]) -> list[int]:
     """Which keypoint becomes which in a mirror, by the names that a category gives to them."""
     lengths = {len(box.keypoints) // 3 for box in boxes}
     if len(lengths) > 1:
@@ -460,13 +462,14 @@ def _objects(boxes: list[_Box], extra: Extra | None, points: int) -> Objects:
 
 
 def _read(
-    file: Path,
-    directory: Path,
+    file: Path | str,
+    directory: Path | str,
     classes: Sequence[str] | None,
     faults: list[Fault],
     parse: Callable[[dict[str, Any], int, ImageFile, Report], ItemT | None],
 ) -> tuple[list[dict[str, Any]], list[tuple[ImageFile, list[ItemT]]]]:
     """The categories, and the usable images with what ``parse`` made of the objects."""
+    file, directory = Path(file), Path(directory)
     content = load_annotations(file)
     by_id = category_names(content["categories"])
     known_ids = list(by_id)
@@ -590,7 +593,7 @@ def _annotation_files(root: Path, extra: Extra | None = None) -> dict[str, Path]
     return {name: file for name, file in files.items() if inside(root, name)}
 
 
-def load_annotations(file: Path) -> dict[str, Any]:
+def load_annotations(file: Path | str) -> dict[str, Any]:
     """The content of a COCO annotation file, see :func:`check_content`.
 
     Raises:
@@ -599,7 +602,7 @@ def load_annotations(file: Path) -> dict[str, Any]:
     return check_content(_load_json(file), file)
 
 
-def load_results(file: Path) -> list[dict[str, Any]]:
+def load_results(file: Path | str) -> list[dict[str, Any]]:
     """The predictions in a COCO results file, see :func:`check_results`.
 
     Raises:
@@ -609,9 +612,9 @@ def load_results(file: Path) -> list[dict[str, Any]]:
     return check_results(_load_json(file), file)
 
 
-def _load_json(file: Path) -> Any:
+def _load_json(file: Path | str) -> Any:
     try:
-        return json.loads(read_text(file))
+        return json.loads(read_text(Path(file)))
     except ValueError as error:
         raise DataError(f"{file}: is not valid JSON ({error})") from error
     except RecursionError as error:

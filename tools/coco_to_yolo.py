@@ -20,6 +20,7 @@ from detseg_losses.integrations.coco import find_coco, find_image, load_annotati
 from detseg_losses.integrations.samples import (
     DataError,
     Fault,
+    Id,
     category_names,
     check_box,
     report_faults,
@@ -135,7 +136,7 @@ class Split:
 
 def _usable_images(
     file: Path, directory: Path, entries: list[dict[str, Any]], faults: list[Fault]
-) -> dict[int, dict[str, Any]]:
+) -> dict[Id, dict[str, Any]]:
     """By id, the images that are there, as large as stated, and with a label file of their own."""
     images = {}
     label_files = set()
