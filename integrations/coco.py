@@ -75,14 +75,18 @@ Bbox = tuple[float, float, float, float]
 class CocoDetection(DetectionData):
     """The boxes of a COCO annotation file.
 
-    Labels follow the ids of the categories, upwards; ``category_ids`` leads back to them. Images
-    without objects are kept, unless ``classes`` are chosen. Faulty entries (a box without area or
-    outside the image, an unknown category or image, a missing or broken image, an image whose
-    size is not what the file says) are listed in ``faults``; a box partly outside is clipped.
+    Labels follow the ids of the categories, upwards; ``category_ids`` leads back to them. Ids may
+    be integers or text. Images without objects are kept, unless ``classes`` are chosen. Faulty
+    entries (a box without area or outside the image, an unknown category or image, a flag that is
+    neither 0 nor 1, a missing or broken image, one outside of the folder, one whose size is not
+    what the file says) are listed in ``faults``; a box partly outside is clipped, and an area that
+    is no number becomes that of the box. Numbers written as text are read as numbers. Crowds and
+    objects with ``ignore: 1`` are ignored.
 
     Args:
         annotations: the JSON file.
-        images: the directory that its ``file_name`` entries are relative to.
+        images: the directory that its ``file_name`` entries are relative to; they may begin with
+            the last folders of it.
         classes: keep only these classes, labelled in this order, and the images that hold any.
         faulty: ``"skip"`` what is faulty, or ``"refuse"`` to read data with any fault.
         extra: ``"masks"`` or ``"keypoints"``: give those, too; an object without is faulty.
@@ -165,6 +169,12 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
     ``classes[0]`` is the background; the others follow as in :class:`CocoDetection`. Where
     instances overlap, the smaller one is drawn over the larger one, whatever their order in the
     file, so that none is hidden; crowds are void (255) and lie under everything else.
+
+    The box of an object that cannot be drawn is void, too, and so are objects to be ignored. Parts
+    of a polygon that are faulty (not three points of finite numbers, far beyond the image, or
+    drawing nothing) are dropped and listed in ``faults``. RLE must cover the image; only a last run
+    of background may be missing, where the object's box (or else its area) shows that nothing else
+    is.
 
     Arguments and errors are those of :class:`CocoDetection`; instead of the box, the segmentation
     of each object is checked.

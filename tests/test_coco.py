@@ -525,6 +525,11 @@ def test_numbers_as_text_and_ids_as_text_are_read(tmp_path: Path) -> None:
     assert coco_metrics(truth, results)["AP"] == pytest.approx(1)
 
 
+def test_paths_may_be_text(tmp_path: Path) -> None:
+    file, images = map(str, write(tmp_path, tiny()))
+    assert CocoDetection(file, images).names == CocoSegmentation(file, images).names
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_annotations_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     file, images = write(tmp_path, tiny())
