@@ -78,8 +78,8 @@ class CocoDetection(DetectionData):
 
     def __init__(
         self,
-        annotations: Path,
-        images: Path,
+        annotations: str | Path,
+        images: str | Path,
         *,
         classes: Sequence[str] | None = None,
         faulty: Faulty = "skip",
@@ -92,7 +92,7 @@ class CocoDetection(DetectionData):
         if extra is not None and not boxes:
             raise DataError(f"{annotations}: there is no object with {extra}")
         if extra == "keypoints":
-            self.mirrored = _mirrored(annotations, categories, boxes)
+            self.mirrored = _mirrored(Path(annotations), categories, boxes)
         self.category_ids = [category["id"] for category in categories]
         super().__init__(
             [
@@ -152,8 +152,8 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
 
     def __init__(
         self,
-        annotations: Path,
-        images: Path,
+        annotations: str | Path,
+        images: str | Path,
         *,
         classes: Sequence[str] | None = None,
         faulty: Faulty = "skip",
@@ -294,13 +294,14 @@ def _objects(boxes: list[_Box], extra: Extra | None, points: int) -> Objects:
 
 
 def _read(
-    file: Path,
-    directory: Path,
+    file: str | Path,
+    directory: str | Path,
     classes: Sequence[str] | None,
     faults: list[Fault],
     parse: Callable[[dict[str, Any], int, dict[str, Any], Report], ItemT | None],
 ) -> tuple[list[dict[str, Any]], list[tuple[ImageFile, list[ItemT]]]]:
     """The categories, and the usable images with what ``parse`` made of the objects."""
+    file, directory = Path(file), Path(directory)
     content = load_annotations(file)
     by_id = category_names(content["categories"])
     known_ids = sorted(by_id)
@@ -347,12 +348,12 @@ def _are_numbers(values: object, length: int | None = None) -> TypeGuard[list[fl
     )
 
 
-def coco_splits(root: Path, extra: Extra | None = None) -> list[str]:
+def coco_splits(root: str | Path, extra: Extra | None = None) -> list[str]:
     """The splits of a data set in one of the layouts that :func:`find_coco` knows, sorted."""
-    return sorted(_annotation_files(root, extra))
+    return sorted(_annotation_files(Path(root), extra))
 
 
-def find_coco(root: Path, split: str, extra: Extra | None = None) -> tuple[Path, Path]:
+def find_coco(root: str | Path, split: str, extra: Extra | None = None) -> tuple[Path, Path]:
     """The annotation file and the image directory of a split.
 
     Known layouts: ``annotations/instances_<split>.json`` with the images in ``<split>/``,
@@ -364,6 +365,7 @@ def find_coco(root: Path, split: str, extra: Extra | None = None) -> tuple[Path,
     Raises:
         DataError: there is no such split (those that exist are named), or no image directory.
     """
+    root = Path(root)
     files = _annotation_files(root, extra)
     if split not in files:
         dated = [name for name in files if re.fullmatch(re.escape(split) + r"\d+", name)]
@@ -401,13 +403,13 @@ _REQUIRED: dict[str, dict[str, type]] = {
 }
 
 
-def load_annotations(file: Path) -> dict[str, Any]:
+def load_annotations(file: str | Path) -> dict[str, Any]:
     """The content of a COCO annotation file.
 
     Raises:
         DataError: the file is missing, is not JSON, or lacks what makes it an annotation file.
     """
-    content = _load_json(file)
+    content = _load_json(Path(file))
     if not isinstance(content, dict):
         raise DataError(
             f"{file}: is a list, as results files are; an annotation file has images, annotations "
@@ -432,14 +434,14 @@ def load_annotations(file: Path) -> dict[str, Any]:
     return content
 
 
-def load_results(file: Path) -> list[dict[str, Any]]:
+def load_results(file: str | Path) -> list[dict[str, Any]]:
     """The predictions in a COCO results file.
 
     Raises:
         DataError: the file is missing, is not JSON, or an entry (named by its index) is not a box
             with an image id, a category id and a score.
     """
-    content = _load_json(file)
+    content = _load_json(Path(file))
     if not isinstance(content, list):
         raise DataError(
             f"{file}: is no list; a results file is a list of entries with image_id, category_id, "
