@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -465,13 +465,15 @@ def voc_metrics(
         ``mAP``, the mean over the classes that have an object; ``per_class``, AP by class name,
         None without an object; ``notes``, sentences on what is None or was left out.
     """
+    if not 0 < iou_threshold <= 1:
+        raise ValueError(f"iou_threshold={iou_threshold!r} is not in (0, 1]")
     notes: list[str] = []
-    usable = usable_results(ground_truth, results, notes)
-    per_class: dict[str, float | None] = {}
-    for category, name in category_names(ground_truth["categories"]).items():
-        objects = [a for a in ground_truth["annotations"] if a["category_id"] == category]
-        found = [r for r in usable if r["category_id"] == category]
-        per_class[name] = _average_precision(objects, found, eleven_point, iou_threshold)
+    objects = _by_category(ground_truth["annotations"])
+    found = _by_category(usable_results(ground_truth, results, notes))
+    per_class = {
+        name: _average_precision(objects[category], found[category], eleven_point, iou_threshold)
+        for category, name in category_names(ground_truth["categories"]).items()
+    }
     values = [value for value in per_class.values() if value is not None]
     if not values:
         notes.append("There is no ground truth object that counts, so no AP can be computed.")
@@ -486,6 +488,13 @@ def voc_metrics(
         "per_class": per_class,
         "notes": notes,
     }
+
+
+def _by_category(entries: Sequence[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for entry in entries:
+        groups[entry["category_id"]].append(entry)
+    return groups
 
 
 def _average_precision(
@@ -554,31 +563,42 @@ class ConfusionMatrix:
         num_classes: K.
         ignore_index: the target value of pixels that do not count.
         device: where ``matrix`` lies.
+
+    Raises:
+        ValueError: ``num_classes`` or ``ignore_index`` is not an integer, or there is no class.
     """
 
     def __init__(
         self, num_classes: int, ignore_index: int = VOID, device: torch.device | str = "cpu"
     ) -> None:
+        if type(num_classes) is not int or num_classes < 1:
+            raise ValueError(f"num_classes={num_classes!r} is not an integer from 1 up")
+        if type(ignore_index) is not int:
+            raise ValueError(f"ignore_index={ignore_index!r} is not an integer")
         self.ignore_index = ignore_index
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
         """Count the pixels of class indices ``prediction`` and ``target``, of one shape.
 
+        Any dtype will do, as long as the values are whole.
+
         Raises:
+            TypeError: one of them is no tensor.
             ValueError: the shapes differ, or a value is neither a class nor ``ignore_index``.
         """
+        for name, given in (("prediction", prediction), ("target", target)):
+            if not isinstance(given, torch.Tensor):
+                raise TypeError(f"the {name} is a {type(given).__name__} and not a tensor")
         if prediction.shape != target.shape:
             raise ValueError(
-                f"the prediction is {tuple(prediction.shape)}, the target {tuple(target.shape)}"
+                f"the prediction is {tuple(prediction.shape)}, the target {tuple(target.shape)}; "
+                "both are class indices, which logits become by argmax over the classes"
             )
         classes = len(self.matrix)
         valid = target != self.ignore_index
-        true, predicted = target[valid].long(), prediction[valid].long()
-        for name, values in (("target", true), ("prediction", predicted)):
-            beyond = values[(values < 0) | (values >= classes)]
-            if beyond.numel():
-                raise ValueError(f"the {name} holds {beyond[0].item()}, outside [0, {classes})")
+        true = _to_indices(target[valid], classes, "target")
+        predicted = _to_indices(prediction[valid], classes, "prediction")
         counts = torch.bincount(true * classes + predicted, minlength=classes * classes)
         self.matrix += counts.view(classes, classes).to(self.matrix.device)
 
@@ -590,6 +610,8 @@ class ConfusionMatrix:
         """
         if len(classes) != len(self.matrix):
             raise ValueError(f"{len(classes)} names for {len(self.matrix)} classes")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"two classes have the same name: {', '.join(classes)}")
         matrix = self.matrix.cpu().double()
         hits, both = matrix.diag(), matrix.sum(0) + matrix.sum(1)
         occurs = both > 0
@@ -610,3 +632,11 @@ class ConfusionMatrix:
             "mean_dice": dice[occurs].mean().item(),
             "pixel_accuracy": (hits.sum() / matrix.sum()).item(),
         }
+
+
+def _to_indices(values: torch.Tensor, classes: int, name: str) -> torch.Tensor:
+    indices = values.long()
+    wrong = values[(indices.to(values.dtype) != values) | (indices < 0) | (indices >= classes)]
+    if wrong.numel():
+        raise ValueError(f"the {name} holds {wrong[0].item()}, which is no class in [0, {classes})")
+    return indices

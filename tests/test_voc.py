@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -24,7 +28,13 @@ from detseg_losses.integrations.coco import (
     load_annotations,
     load_results,
 )
-from detseg_losses.integrations.samples import DataError, select_listed, split, subset
+from detseg_losses.integrations.samples import (
+    DataError,
+    SegmentationSample,
+    select_listed,
+    split,
+    subset,
+)
 from detseg_losses.integrations.voc import (
     VOC_CLASSES,
     ConfusionMatrix,
@@ -844,6 +854,136 @@ def test_paths_of_coco_files_may_be_text(data_root: Path, tmp_path: Path) -> Non
     assert load_results(str(tmp_path / "results.json")) == []
 
 
+PIECES = [b"", b"\0", b"\xff", b"<", b">", b"&", b"-", b"nan", b"1e400", b"../", b"9" * 30]
+PIECES += [b"object", b"<object>", b"</annotation>", b'<?xml version="1.0" encoding="gbk"?>', b"\n"]
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """What replaces a few parts of a file by strange ones."""
+    edits = draw(
+        st.lists(
+            st.tuples(
+                st.floats(0, 1, exclude_max=True),
+                st.integers(0, 12),
+                st.sampled_from(PIECES) | st.binary(max_size=3),
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
+
+    def mutate(content: bytes) -> bytes:
+        for place, length, piece in edits:
+            start = int(place * len(content))
+            content = content[:start] + piece + content[start + length :]
+        return content
+
+    return mutate
+
+
+TEXTS = st.sampled_from(
+    [
+        "",
+        " ",
+        "nan",
+        "inf",
+        "-1",
+        "0",
+        "1",
+        "2.5",
+        "1e400",
+        "1e308",
+        "yes",
+        "dog",
+        "b.png",
+        "狗",
+        "../x",
+    ]
+) | st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=5)
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fuzz")
+    write_detection(root, "val")
+    write_segmentation(root)
+    (root / "classes.txt").write_text("dog\nperson\n")
+    for name in ("a", "b"):
+        save_mask(root / f"SegmentationClass/{name}.png", indices(1))
+    return root
+
+
+def check_every_sample(read: Callable[[], VocDetection | VocSegmentation]) -> None:
+    """Only a DataError may come out, or samples of which each is whole or a DataError."""
+    try:
+        data = read()
+    except DataError:
+        return
+    assert len(data) == len(set(data.names))
+    for index, image in enumerate(data.images):
+        message = ""
+        try:
+            sample = data[index]
+        except DataError as error:
+            message = str(error)
+        if message:
+            assert f"{image.path.stem}." in message
+            continue
+        height, width = sample.image.shape[:2]
+        assert (width, height) == (image.width, image.height)
+        if isinstance(sample, SegmentationSample):
+            assert sample.mask.shape == (height, width)
+            assert ((sample.mask < len(data.classes)) | (sample.mask == 255)).all()
+        else:
+            assert ((sample.labels >= 0) & (sample.labels < len(data.classes))).all()
+            assert (sample.boxes >= 0).all()
+            assert (sample.boxes <= [width, height, width, height]).all()
+            assert (sample.boxes[:, :2] < sample.boxes[:, 2:]).all()
+
+
+FILES = ["Annotations/b.xml", "Annotations/a 1.xml", "ImageSets/Main/val.txt", "classes.txt"]
+FILES += ["ImageSets/Segmentation/val.txt", "SegmentationClass/a.png", "JPEGImages/b.jpg"]
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(file=st.sampled_from(FILES), mutate=mutations())
+def test_any_bytes_are_read_or_refused(
+    valid: Path, file: str, mutate: Callable[[bytes], bytes]
+) -> None:
+    content = (valid / file).read_bytes()
+    (valid / file).write_bytes(mutate(content))
+    try:
+        check_every_sample(lambda: VocDetection(valid, "val"))
+        check_every_sample(lambda: VocSegmentation(valid, "val"))
+    finally:
+        (valid / file).write_bytes(content)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(
+    tag=st.sampled_from(["xmin", "ymin", "xmax", "ymax", "name", "difficult", "width", "filename"]),
+    text=TEXTS,
+    listed=st.booleans(),
+)
+def test_any_text_in_an_element_is_read_or_refused(
+    valid: Path, tag: str, text: str, listed: bool
+) -> None:
+    file, classes = valid / "Annotations/a 1.xml", valid / "classes.txt"
+    content, names = file.read_text(), classes.read_text()
+    tree = ElementTree.fromstring(content.replace("<size>", "<filename>a 1.jpg</filename><size>"))
+    for element in tree.iter(tag):
+        element.text = text
+    file.write_bytes(ElementTree.tostring(tree))
+    if not listed:
+        classes.unlink()
+    try:
+        check_every_sample(lambda: VocDetection(valid, "val"))
+    finally:
+        file.write_text(content)
+        classes.write_text(names)
+
+
 @pytest.mark.parametrize(("name", "images"), [("train", 200), ("val", 80), ("test", 133)])
 def test_real_voc2007(data_root: Path, name: str, images: int) -> None:
     data = VocDetection(data_root / "VOCdevkit", name, faulty="refuse")
@@ -1101,7 +1241,7 @@ def test_confusion_matrix_has_the_true_classes_in_its_rows() -> None:
 def test_confusion_matrix_refuses_what_it_cannot_count() -> None:
     counts = ConfusionMatrix(3)
     assert counts.metrics(["a", "b", "c"])["mIoU"] is None
-    with pytest.raises(ValueError, match=r"the target holds 3, outside \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"the target holds 3, which is no class in \[0, 3\)"):
         counts.update(torch.tensor([0, 1]), torch.tensor([3, 255]))
     with pytest.raises(ValueError, match="the prediction holds -1"):
         counts.update(torch.tensor([0, -1]), torch.tensor([0, 1]))
@@ -1112,3 +1252,40 @@ def test_confusion_matrix_refuses_what_it_cannot_count() -> None:
     assert counts.matrix.sum() == 0
     counts.update(torch.tensor([9, 1]), torch.tensor([255, 1]))
     assert counts.metrics(["a", "b", "c"])["pixel_accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint16, torch.int8, torch.float16, torch.float64]
+)
+def test_confusion_matrix_counts_whole_numbers_of_any_dtype(dtype: torch.dtype) -> None:
+    counts = ConfusionMatrix(2)
+    values = torch.tensor([0, 1, 1]).to(dtype)
+    counts.update(values, values)
+    assert counts.matrix.tolist() == [[1, 0], [0, 2]]
+
+
+@pytest.mark.parametrize("name", ["target", "prediction"])
+@pytest.mark.parametrize("value", [0.5, -0.5, float("nan"), float("inf"), -float("inf"), 1e30, 3])
+def test_confusion_matrix_names_a_value_that_is_no_class(name: str, value: float) -> None:
+    counts = ConfusionMatrix(3)
+    given = {"prediction": torch.zeros(2), "target": torch.zeros(2)}
+    given[name][1] = value
+    shown = given[name][1].item()
+    with pytest.raises(ValueError, match=re.escape(f"the {name} holds {shown}, which is no class")):
+        counts.update(**given)
+    assert counts.matrix.sum() == 0
+
+
+def test_confusion_matrix_refuses_wrong_arguments() -> None:
+    for number in (0, -1, 2.0, True, "3", None):
+        with pytest.raises(ValueError, match=r"num_classes=.* is not an integer from 1 up"):
+            ConfusionMatrix(number)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"ignore_index=1\.5 is not an integer"):
+        ConfusionMatrix(3, ignore_index=1.5)  # type: ignore[arg-type]
+    counts = ConfusionMatrix(3)
+    with pytest.raises(TypeError, match="the target is a ndarray and not a tensor"):
+        counts.update(torch.zeros(2), np.zeros(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="which logits become by argmax"):
+        counts.update(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4))
+    with pytest.raises(ValueError, match="two classes have the same name: a, b, a"):
+        counts.metrics(["a", "b", "a"])
