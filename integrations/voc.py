@@ -455,7 +455,7 @@ def voc_metrics(
 
     Args:
         ground_truth: the content of a COCO annotation file, boxes XYWH, with ``difficult: 1`` at
-            the difficult objects (:meth:`DetectionData.ground_truth`).
+            the difficult objects (:meth:`DetectionData.ground_truth`) or COCO's ``ignore: 1``.
         results: the content of a COCO results file.
         eleven_point: VOC 2007's mean of the precision at eleven recalls; otherwise the area under
             the interpolated curve (VOC 2010 and later).
@@ -464,12 +464,18 @@ def voc_metrics(
     Returns:
         ``mAP``, the mean over the classes that have an object; ``per_class``, AP by class name,
         None without an object; ``notes``, sentences on what is None or was left out.
+
+    Raises:
+        DataError: the ground truth or the results are no such content; the entry is named.
+        ValueError: ``iou_threshold`` is not in (0, 1].
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold={iou_threshold!r} is not in (0, 1]")
     notes: list[str] = []
-    objects = _by_category(ground_truth["annotations"])
-    found = _by_category(usable_results(ground_truth, results, notes))
+    _check_content(ground_truth)
+    objects = _by_category(_checked(ground_truth["annotations"], "ground truth: annotations[{}]"))
+    predictions = _checked(results, "results: entry {}", "score")
+    found = _by_category(usable_results(ground_truth, predictions, notes))
     per_class = {
         name: _average_precision(objects[category], found[category], eleven_point, iou_threshold)
         for category, name in category_names(ground_truth["categories"]).items()
@@ -490,6 +496,57 @@ def voc_metrics(
     }
 
 
+def _check_content(ground_truth: dict[str, Any]) -> None:
+    """Raise a DataError where the ground truth is no content of an annotation file."""
+    for section in ("images", "categories", "annotations"):
+        entries = ground_truth.get(section) if isinstance(ground_truth, dict) else None
+        if not isinstance(entries, list):
+            raise DataError(f"ground truth: has no list of {section}")
+        for index, entry in enumerate(entries):
+            place = f"ground truth: {section}[{index}]"
+            if not isinstance(entry, dict):
+                raise DataError(f"{place} is {entry!r} and not an object")
+            if section != "annotations" and not _is_id(entry.get("id")):
+                raise DataError(f"{place} has id = {entry.get('id')!r}; make it an integer")
+            if section == "categories" and not isinstance(entry.get("name"), str):
+                raise DataError(f"{place} has name = {entry.get('name')!r}; make it a string")
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _checked(entries: Sequence[dict[str, Any]], place: str, *numbers: str) -> list[dict[str, Any]]:
+    """Objects or predictions, with numbers and flags as the readers read them.
+
+    Raises:
+        DataError: naming the entry that lacks an id, its box or one of ``numbers``.
+    """
+    checked = []
+    for index, entry in enumerate(entries):
+        where = place.format(index)
+        if not isinstance(entry, dict):
+            raise DataError(f"{where} is {entry!r} and not an object")
+        for key in ("image_id", "category_id"):
+            if not _is_id(entry.get(key)):
+                raise DataError(f"{where} has {key} = {entry.get(key)!r}; make it an integer")
+        box = entry.get("bbox")
+        values: dict[str, Any] = {key: to_number(entry.get(key)) for key in numbers}
+        values["bbox"] = [to_number(side) for side in box] if isinstance(box, (list, tuple)) else []
+        if len(values["bbox"]) != 4 or None in [*values["bbox"], *values.values()]:
+            raise DataError(
+                f"{where} has the bbox {box}"
+                + "".join(f" and the {key} {entry.get(key)!r}" for key in numbers)
+                + "; needed are finite numbers, x, y, width, height in the bbox"
+            )
+        for key in ("difficult", "ignore", "iscrowd"):
+            values[key] = to_flag(entry.get(key))
+            if values[key] is None:
+                raise DataError(f"{where} has {key} = {entry[key]!r}; make it 0 or 1")
+        checked.append({**entry, **values})
+    return checked
+
+
 def _by_category(entries: Sequence[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
     groups = defaultdict(list)
     for entry in entries:
@@ -503,7 +560,8 @@ def _average_precision(
     eleven_point: bool,
     iou_threshold: float,
 ) -> float | None:
-    ignored = np.array([bool(a.get("difficult") or a.get("iscrowd")) for a in objects], np.bool_)
+    flags = ("difficult", "ignore", "iscrowd")
+    ignored = np.array([any(a[key] for key in flags) for a in objects], np.bool_)
     positives = int((~ignored).sum())
     if positives == 0:
         return None

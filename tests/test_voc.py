@@ -1289,3 +1289,78 @@ def test_confusion_matrix_refuses_wrong_arguments() -> None:
         counts.update(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4))
     with pytest.raises(ValueError, match="two classes have the same name: a, b, a"):
         counts.metrics(["a", "b", "a"])
+
+
+def prediction(**changed: Any) -> Json:
+    return {**annotation(1, [0, 0, 10, 10]), "score": 0.5, **changed}
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id", "bbox", "score"])
+def test_voc_metrics_names_a_prediction_without_a_key(key: str) -> None:
+    truth = one_class(annotation(1, [0, 0, 10, 10]))
+    bad = {name: value for name, value in prediction().items() if name != key}
+    with pytest.raises(DataError, match=rf"entry 1 has .*{key}"):
+        voc_metrics(truth, [prediction(), bad])
+    if key != "score":
+        del truth["annotations"][0][key]
+        with pytest.raises(DataError, match=rf"annotations\[0\] has .*{key}"):
+            voc_metrics(truth, [])
+
+
+NO_BOXES = [None, 3, "0 0 9 9", [], [0, 0, 9], [0, 0, 9, 9, 9], [0, 0, 9, None], {"x": 0}]
+NO_BOXES += [[0, 0, 9, float("nan")], [0, 0, float("inf"), 9], [0, 0, 9, "wide"]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("bbox", box) for box in NO_BOXES),
+        *(("score", score) for score in (None, "high", [0.5], float("nan"), float("inf"), True)),
+        *((key, value) for key in ("image_id", "category_id") for value in (None, [1], {}, True)),
+    ],
+)
+def test_voc_metrics_names_a_wrong_value(key: str, value: object) -> None:
+    truth = one_class(annotation(1, [0, 0, 10, 10]))
+    with pytest.raises(DataError, match=rf"entry 1 has .*{key}"):
+        voc_metrics(truth, [prediction(), prediction(**{key: value})])
+    if key != "score":
+        truth["annotations"][0][key] = value
+        with pytest.raises(DataError, match=rf"annotations\[0\] has .*{key}"):
+            voc_metrics(truth, [])
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        {},
+        {**one_class(), "images": None},
+        {**one_class(), "images": [3]},
+        {**one_class(), "images": [{}]},
+        {**one_class(), "images": [{"id": [1]}]},
+        {**one_class(), "categories": [{"id": 1}]},
+        {**one_class(), "annotations": ["a"]},
+        one_class({**annotation(1, [0, 0, 9, 9]), "difficult": "perhaps"}),
+        one_class({**annotation(1, [0, 0, 9, 9]), "iscrowd": 2}),
+    ],
+)
+def test_voc_metrics_names_what_is_wrong_in_the_ground_truth(truth: Json) -> None:
+    with pytest.raises(DataError, match="ground truth: "):
+        voc_metrics(truth, [prediction()])
+
+
+@pytest.mark.parametrize("flag", ["difficult", "ignore", "iscrowd"])
+@pytest.mark.parametrize(
+    ("value", "counts"), [("0", True), ("false", True), (0, True), ("1", False)]
+)
+def test_voc_metrics_reads_flags_and_numbers_as_the_readers_do(
+    flag: str, value: Any, counts: bool
+) -> None:
+    truth = one_class({**annotation(1, [0, 0, 10, 10]), flag: value})
+    found = [prediction(score="0.5", bbox=["0", "0", "10", "10.0"])]
+    assert voc_metrics(truth, found)["mAP"] == (1 if counts else None)
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan")])
+def test_voc_metrics_refuses_a_threshold_that_is_none(threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"iou_threshold=.* is not in \(0, 1\]"):
+        voc_metrics(one_class(), [], iou_threshold=threshold)
