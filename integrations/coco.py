@@ -112,7 +112,7 @@ class CocoDetection(DetectionData):
         if extra is not None and not boxes:
             raise DataError(f"{annotations}: there is no object with {extra}")
         if extra == "keypoints":
-            self.mirrored = _mirrored(annotations, categories, boxes)
+            self.mirrored = _mirrored(Path(annotations), categories, boxes)
         self.category_ids = [category["id"] for category in categories]
         super().__init__(
             [
@@ -556,12 +556,12 @@ def find_image(
     return judged and ImageFile(entry["id"], "/".join(parts), path, *judged)
 
 
-def coco_splits(root: Path, extra: Extra | None = None) -> list[str]:
+def coco_splits(root: str | Path, extra: Extra | None = None) -> list[str]:
     """The splits of a data set in one of the layouts that :func:`find_coco` knows, sorted."""
-    return sorted(_annotation_files(root, extra))
+    return sorted(_annotation_files(Path(root), extra))
 
 
-def find_coco(root: Path, split: str, extra: Extra | None = None) -> tuple[Path, Path]:
+def find_coco(root: str | Path, split: str, extra: Extra | None = None) -> tuple[Path, Path]:
     """The annotation file and the image directory of a split.
 
     Known layouts: ``annotations/instances_<split>.json`` with the images in ``<split>/``,
@@ -573,6 +573,7 @@ def find_coco(root: Path, split: str, extra: Extra | None = None) -> tuple[Path,
     Raises:
         DataError: there is no such split (those that exist are named), or no image directory.
     """
+    root = Path(root)
     files = _annotation_files(root, extra)
     if split not in files:
         dated = [name for name in files if re.fullmatch(re.escape(split) + r"\d+", name)]

@@ -328,7 +328,7 @@ def split(data: DataT, fraction: float, seed: int) -> tuple[DataT, DataT]:
     return data.select(sorted(order[number:])), data.select(sorted(order[:number]))
 
 
-def select_listed(data: DataT, file: Path) -> DataT:
+def select_listed(data: DataT, file: str | Path) -> DataT:
     """The images named in a text file, one name a line, with or without extension.
 
     The data keeps its own order. Empty lines are skipped.
@@ -336,6 +336,7 @@ def select_listed(data: DataT, file: Path) -> DataT:
     Raises:
         DataError: the file cannot be read, or names an image that the data does not have.
     """
+    file = Path(file)
     lines = read_text(file).splitlines()
     positions: dict[str, int] = {}
     for index, name in enumerate(data.names):
@@ -402,7 +403,8 @@ def check_box(
 
 def _has_area(box: tuple[float, float, float, float], width: int, height: int) -> bool:
     """Judged in float32 as a fraction of the image, as augmentation will see the box."""
-    x1, y1, x2, y2 = np.array(box, np.float32) / np.array([width, height] * 2, np.float32)
+    with np.errstate(over="ignore"):
+        x1, y1, x2, y2 = np.array(box, np.float32) / np.array([width, height] * 2, np.float32)
     return bool(x1 < x2 and y1 < y2)
 
 
@@ -549,6 +551,7 @@ class Header:
         width: in pixels, as stored.
         height: in pixels, as stored.
         mode: Pillow's name of the kind of pixels: ``"RGB"``, ``"P"``, ``"L"``, ...
+        format: Pillow's name of the format: ``"JPEG"``, ``"PNG"``, ...
         orientation: EXIF's number, 1 where the image is upright or does not say; from 5 on width
             and height change places when it is shown.
     """
@@ -556,6 +559,7 @@ class Header:
     width: int
     height: int
     mode: str
+    format: str
     orientation: int = 1
 
 
@@ -570,11 +574,10 @@ def read_header(file: Path, faults: list[Fault]) -> Header | None:
         check_regular(file)
         with file.open("rb") as stream:
             with Image.open(stream) as image:
-                header = Header(*image.size, image.mode, _orientation(image))
-                image_format = image.format or ""
+                header = Header(*image.size, image.mode, image.format or "", _orientation(image))
             stream.seek(0, os.SEEK_END)
             stream.seek(max(0, stream.tell() - 4096))
-            mark = _END_MARKS.get(image_format)
+            mark = _END_MARKS.get(header.format)
             complete = mark is not None and mark in stream.read()
         if not complete:
             _decode(file)
@@ -588,7 +591,10 @@ def read_header(file: Path, faults: list[Fault]) -> Header | None:
 
 
 def check_image(
-    file: Path, stated: tuple[float, float] | None, faults: list[Fault]
+    file: Path,
+    stated: tuple[float, float] | None,
+    faults: list[Fault],
+    stated_by: str = "annotation states",
 ) -> tuple[int, int, bool] | None:
     """Judge an image against the size that its annotation states.
 
@@ -615,7 +621,7 @@ def check_image(
     found = f"{size[0]}x{size[1]}"
     if header.orientation != 1:
         found += f" with EXIF orientation {header.orientation}"
-    reason = "image is not of the size that its annotation states"
+    reason = f"image is not of the size that its {stated_by}"
     faults.append(Fault(file, None, reason, f"{found} for {stated[0]:g}x{stated[1]:g}"))
     return None
 
@@ -623,6 +629,8 @@ def check_image(
 def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # to look for a later block would decode the image
+    if image.format == "TIFF":
+        return 1  # Pillow has turned it
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except UNREADABLE:
