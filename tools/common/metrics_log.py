@@ -48,7 +48,7 @@ class MetricsLog:
 
     def _take_over(self, step: int) -> str | None:
         """Go on from the rows up to ``step``; a file that is not as it was written is kept."""
-        if not self.file.exists():
+        if not self.file.is_file():
             return f"{self.file} is missing: it begins again at step {step + 1}"
         rows, whole = read_metrics(self.file)
         self.rows = [row for row in rows if row["step"] <= step]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -86,11 +87,15 @@ def outlive_signals(worker: int) -> None:
     """Let a worker of a DataLoader leave signals to the process that it loads for.
 
     A terminal or a cluster sends them to the whole group of processes, and without its workers
-    the training process could not finish its step. It ends them when it ends itself.
+    the training process could not finish its step. It ends them itself.
     """
-
-    def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, first)  # the first can be that of the group
+    if sys.platform == "linux":  # elsewhere nobody tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
