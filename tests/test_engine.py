@@ -409,7 +409,7 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 def drop(key: str) -> Callable[[Path], None]:
-    return edit(lambda content: content.pop(key) and None)
+    return edit(lambda content: {k: v for k, v in content.items() if k != key})
 
 
 def put(key: str, value: Any) -> Callable[[Path], None]:

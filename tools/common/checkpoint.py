@@ -146,6 +146,11 @@ def _faults(content: dict[str, Any]) -> Iterator[str]:
             yield f"it has no {key!r}"
         elif not isinstance(content[key], kind) or isinstance(content[key], bool):
             yield f"{key!r} is of the type {type(content[key]).__name__}"
+    for key, kind in {"loss": str, "data": dict, "model": dict, "train": dict}.items():
+        if not isinstance(content["config"].get(key), kind):
+            yield f"'config' has no {key!r}"
+    if not isinstance(content.get("loss", {}), dict):
+        yield "'loss' is not a dict"
     if content["step"] < 0:
         yield f"'step' is {content['step']}"
     if not all(isinstance(name, str) for name in content["classes"]):

@@ -451,7 +451,7 @@ def _moving_weights(criterion: ModelLosses) -> dict[str, Tensor]:
 def _lasting(config: dict[str, Any]) -> dict[str, Any]:
     """The options on which the content of a checkpoint depends."""
     model = {f"model.{option}": value for option, value in config["model"].items()}
-    return model | {"train.optimizer": config["train"]["optimizer"]}
+    return model | {"train.optimizer": config["train"].get("optimizer")}
 
 
 def _make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
