@@ -60,6 +60,9 @@ def start(config: TrainingConfig) -> Iterator[tuple[Fabric, Path, Signals]]:
             if (output / "last.ckpt").exists():
                 kept = f"go on with: {Path(sys.argv[0]).name} --output={output} --resume"
             raise Interrupted(error.number, f"{error}; {kept}") from None
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # left to the interpreter it can hang
 
 
 def agreed(fabric: Fabric, action: Callable[[], T]) -> T:
