@@ -678,9 +678,9 @@ def test_a_run_goes_on_with_another_loss(
         report.Axes, "axvline", lambda self, x, **o: lines.append(x) or axvline(self, x, **o)
     )
 
-    def and_keep(self: Any, title: str) -> Any:
+    def and_keep(self: Any, title: str, **options: Any) -> Any:
         drawn[title] = [line.get_ydata() for line in self.lines]
-        return set_title(self, title)
+        return set_title(self, title, **options)
 
     monkeypatch.setattr(report.Axes, "set_title", and_keep)
     run("train_seg", "--resume", "--loss=ce+focal", "--train.epochs=3", f"--output={copy}")
