@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +223,10 @@ def load_detector_weights(detector: nn.Module, model: DetectorConfig, classes: l
         raise UsageError(f"there are no pretrained weights for the backbone {model.backbone}")
     try:
         state = weights.get_state_dict(check_hash=True)
-    except OSError as error:
-        raise UsageError(f"{weights} cannot be downloaded ({error}); name a file") from error
+    except (OSError, HTTPException, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"{weights} cannot be downloaded ({reason}); name a file, or remove what is damaged in "
+            f"{torch.hub.get_dir()}"
+        ) from error
     return load_matching(detector, state, str(weights), classes)

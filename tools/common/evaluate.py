@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from common.config import DataConfig
 from common.data import Batch, Data, EvaluationImages, collate
 from common.errors import UsageError
+from common.signals import outlive_signals
 from detseg_losses.integrations.coco import coco_metrics
 from detseg_losses.integrations.samples import DataT, DetectionData, to_results
 from detseg_losses.integrations.voc import ConfusionMatrix
@@ -35,6 +36,7 @@ def _batches(fabric: Fabric, data: Data, config: DataConfig, batch_size: int) ->
         batch_size,
         num_workers=config.workers,
         collate_fn=collate,
+        worker_init_fn=outlive_signals,
     )
     for batch in loader:
         yield fabric.to_device(batch)
