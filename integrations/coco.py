@@ -27,8 +27,8 @@ from detseg_losses.integrations.samples import (
     SegmentationSample,
     category_names,
     check_box,
+    check_image,
     choose_classes,
-    image_size,
     read_image,
     to_results,
     usable_results,
@@ -170,7 +170,7 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
         record = self._records[index]
         image = record.image
         return SegmentationSample(
-            image=read_image(image.path),
+            image=read_image(image.path, image.upright),
             mask=_draw(record.regions, image.height, image.width),
             image_id=image.id,
             name=image.name,
@@ -327,20 +327,14 @@ def _read(
                 items[image_id].append(item)
 
     usable = []
-    for index, entry in enumerate(content["images"]):
+    for entry in content["images"]:
         found = items[entry["id"]]
         if classes is not None and not found:
             continue
         path = directory / entry["file_name"]
-        size = image_size(path, faults)
-        if size is None:
-            continue
-        if size != (entry["width"], entry["height"]):
-            stated = f"{entry['width']}x{entry['height']}"
-            reason = "image is not of the size that the file states"
-            faults.append(Fault(file, index, reason, f"{path}: {size[0]}x{size[1]} for {stated}"))
-            continue
-        usable.append((ImageFile(entry["id"], entry["file_name"], path, *size), found))
+        judged = check_image(path, (entry["width"], entry["height"]), faults)
+        if judged is not None:
+            usable.append((ImageFile(entry["id"], entry["file_name"], path, *judged), found))
     by_category = {category["id"]: category for category in content["categories"]}
     return [by_category[i] | {"name": by_id[i]} for i in category_ids], usable
 

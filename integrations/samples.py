@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
+import os
+import re
+import stat
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -21,7 +26,7 @@ from detseg_losses.integrations.extras import needs
 with needs("tools"):
     import numpy as np
     from numpy.typing import NDArray
-    from PIL import Image
+    from PIL import ExifTags, Image, ImageOps
 
 VOID = 255
 """The mask value of pixels that belong to no class: left out of training and of the metric."""
@@ -113,13 +118,23 @@ class SegmentationSample:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of a data set: its id and name there, where it lies, and its size in pixels."""
+    """An image of a data set.
+
+    Attributes:
+        id: its id in the data set.
+        name: its name in the data set.
+        path: where it lies.
+        width: in pixels, as the data set sees the image.
+        height: in pixels, as the data set sees the image.
+        upright: whether the data set sees it turned by its EXIF orientation.
+    """
 
     id: int
     name: str
     path: Path
     width: int
     height: int
+    upright: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,7 +250,7 @@ class DetectionData(ImageData[DetectionRecord, DetectionSample]):
         boxes = objects.boxes.copy()
         boxes[:, 2:] += boxes[:, :2]
         return DetectionSample(
-            image=read_image(record.image.path),
+            image=read_image(record.image.path, record.image.upright),
             boxes=boxes.astype(np.float32),
             labels=objects.labels.copy(),
             ignored=objects.crowd | objects.difficult,
@@ -317,10 +332,7 @@ def select_listed(data: DataT, file: Path) -> DataT:
     Raises:
         DataError: the file cannot be read, or names an image that the data does not have.
     """
-    try:
-        lines = file.read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: the list of images cannot be read ({error.strerror})") from error
+    lines = read_text(file).splitlines()
     positions: dict[str, int] = {}
     for index, name in enumerate(data.names):
         positions[name] = index
@@ -375,19 +387,105 @@ def check_box(
     x1, y1, x2, y2 = box
     if not np.isfinite(box).all():
         return None, "box is not finite"
-    # judged as the float32 that training will see
-    if not (np.float32(x1) < np.float32(x2) and np.float32(y1) < np.float32(y2)):
+    if not _has_area(box, width, height):
         return None, "box has no area"
     clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    if not (np.float32(clipped[0]) < np.float32(clipped[2])) or not (
-        np.float32(clipped[1]) < np.float32(clipped[3])
-    ):
+    if not _has_area(clipped, width, height):
         return None, "box is outside the image"
     excess = max(abs(a - b) for a, b in zip(box, clipped, strict=True))
     return clipped, "box is partly outside the image, clipped" if excess > 1 else None
 
 
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, ImportError)
+def _has_area(box: tuple[float, float, float, float], width: int, height: int) -> bool:
+    """Judged in float32 as a fraction of the image, as augmentation will see the box."""
+    x1, y1, x2, y2 = np.array(box, np.float32) / np.array([width, height] * 2, np.float32)
+    return bool(x1 < x2 and y1 < y2)
+
+
+def inside(directory: Path, name: str) -> Path | None:
+    """The file below ``directory`` that a name in a data file means; None for any other name.
+
+    Names come from strangers' files: an absolute one, one with ``..``, or one that no file system
+    takes, must not be read or written. A backslash separates folders, as on Windows.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    strange = path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name)
+    if strange or not path.parts or re.search("[\0\ud800-\udfff]", name):
+        return None
+    return directory / path
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, in UTF-16 with a byte order mark, or else in Latin-1.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    content = read_bytes(file)
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        check_regular(file)
+        return file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{file}: cannot be read ({reason})") from error
+
+
+def check_regular(file: Path) -> None:
+    """Raise an OSError unless ``file`` is a regular one: to open a pipe would wait for ever."""
+    mode = os.stat(file).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(f"is {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a file")
+
+
+def to_number(value: object) -> float | None:
+    """A finite number that was written as one or, as some converters do, as text; else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+_FLAGS = {"true": 1, "yes": 1, "false": 0, "no": 0, "": 0}
+
+
+def to_flag(value: object) -> bool | None:
+    """A truth value that was written as such, as 0 or 1, as text, or not at all (None is False).
+
+    None stands for what is neither true nor false.
+    """
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, str):
+        value = _FLAGS.get(value.strip().lower(), value)
+    number = to_number(value)
+    return bool(number) if number in (0, 1) else None
+
+
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+    ImportError,
+)
 """What Pillow raises for images that it cannot decode; the last one where Ultralytics, which makes
 it ask for a plug-in, has been imported.
 """
@@ -395,47 +493,117 @@ it ask for a plug-in, has been imported.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
-def image_size(file: Path, faults: list[Fault]) -> tuple[int, int] | None:
-    """Width and height of a usable image; None, and a fault more, for any other.
+@dataclass(frozen=True)
+class Header:
+    """What the beginning of an image file tells.
+
+    Attributes:
+        width: in pixels, as stored.
+        height: in pixels, as stored.
+        mode: Pillow's name of the kind of pixels: ``"RGB"``, ``"P"``, ``"L"``, ...
+        orientation: EXIF's number, 1 where the image is upright or does not say; from 5 on width
+            and height change places when it is shown.
+    """
+
+    width: int
+    height: int
+    mode: str
+    orientation: int = 1
+
+
+def read_header(file: Path, faults: list[Fault]) -> Header | None:
+    """The header of a usable image; None, and a fault more, for any other.
 
     Decoding every image at the start of each run would take minutes on a large data set. Read are
     the header and the end of the file; only where there is no end mark of JPEG or PNG the image is
     decoded, to tell a truncated file. Damage in the middle shows in :func:`read_image`.
     """
     try:
+        check_regular(file)
         with file.open("rb") as stream:
             with Image.open(stream) as image:
-                size, image_format = image.size, image.format or ""
-            stream.seek(0, 2)
+                header = Header(*image.size, image.mode, _orientation(image))
+                image_format = image.format or ""
+            stream.seek(0, os.SEEK_END)
             stream.seek(max(0, stream.tell() - 4096))
             mark = _END_MARKS.get(image_format)
             complete = mark is not None and mark in stream.read()
         if not complete:
-            read_image(file)
+            _decode(file)
     except FileNotFoundError:
         faults.append(Fault(file, None, "image is missing"))
-    except (*UNREADABLE, DataError) as error:
+    except UNREADABLE as error:
         faults.append(Fault(file, None, "image is broken", error))
     else:
-        return size
+        return header
     return None
 
 
-def read_image(file: Path) -> NDArray[np.uint8]:
+def check_image(
+    file: Path, stated: tuple[float, float] | None, faults: list[Fault]
+) -> tuple[int, int, bool] | None:
+    """Judge an image against the size that its annotation states.
+
+    The EXIF orientation is applied where only then the image has that size: the annotation was
+    made on the image as it is shown. Otherwise it is not, as in the official tools of COCO and
+    VOC.
+
+    Returns:
+        Width, height and whether the orientation is to be applied; None, and a fault more, for an
+        image that cannot be used.
+    """
+    header = read_header(file, faults)
+    if header is None:
+        return None
+    if header.mode[0] in "IF":
+        faults.append(Fault(file, None, "image has more than 8 bits a channel", header.mode))
+        return None
+    size = header.width, header.height
+    shown = size[::-1] if header.orientation >= 5 else size
+    if stated in (None, size):
+        return *size, False
+    if stated == shown:
+        return *shown, True
+    found = f"{size[0]}x{size[1]}"
+    if header.orientation != 1:
+        found += f" with EXIF orientation {header.orientation}"
+    reason = "image is not of the size that its annotation states"
+    faults.append(Fault(file, None, reason, f"{found} for {stated[0]:g}x{stated[1]:g}"))
+    return None
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # to look for a later block would decode the image
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except UNREADABLE:
+        return 1  # a damaged tag is no damaged image
+
+
+def _decode(file: Path, upright: bool = False) -> Image.Image:
+    with Image.open(file) as image:
+        return ImageOps.exif_transpose(image) if upright else image.copy()
+
+
+def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
     """An image as ``(H, W, 3)`` uint8 RGB; grey, palette and transparent ones are converted.
 
-    The orientation tag of EXIF is not applied, as in the official tools of COCO and VOC.
+    Args:
+        file: the image.
+        upright: apply the orientation of EXIF, see :func:`check_image`.
 
     Raises:
         DataError: the image cannot be decoded, or has more than 8 bits a channel.
     """
     try:
-        with Image.open(file) as image:
-            if image.mode[0] in "IF":
-                raise DataError(f"{file}: has more than 8 bits a channel; convert it to 8 bits")
+        check_regular(file)
+        image = _decode(file, upright)
+        if image.mode[0] not in "IF":
             return np.array(image.convert("RGB"))
     except UNREADABLE as error:
         raise DataError(f"{file}: cannot be decoded ({error}); replace or remove it") from error
+    raise DataError(f"{file}: has more than 8 bits a channel; convert it to 8 bits")
 
 
 def to_results(

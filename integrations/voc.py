@@ -26,7 +26,7 @@ from detseg_losses.integrations.samples import (
     category_names,
     check_box,
     choose_classes,
-    image_size,
+    read_header,
     read_image,
     usable_results,
 )
@@ -90,8 +90,9 @@ class VocDetection(DetectionData):
         records = []
         for image_id, name in enumerate(names, start=1):
             path = files.get(name, directory / "JPEGImages" / f"{name}.jpg")
-            if (size := image_size(path, faults)) is None:
+            if (header := read_header(path, faults)) is None:
                 continue
+            size = header.width, header.height
             annotation = directory / "Annotations" / f"{name}.xml"
             objects = _read_objects(annotation, size, label_of, faults)
             if objects is None or (classes is not None and not len(objects.labels)):
@@ -194,15 +195,18 @@ class VocSegmentation(ImageData[_MaskRecord, SegmentationSample]):
         for image_id, name in enumerate(names, start=1):
             path = files.get(name, directory / "JPEGImages" / f"{name}.jpg")
             mask = directory / "SegmentationClass" / f"{name}.png"
-            size, mask_size = image_size(path, faults), image_size(mask, faults)
-            if size is None or mask_size is None:
+            header, mask_header = read_header(path, faults), read_header(mask, faults)
+            if header is None or mask_header is None:
                 continue
+            size, mask_size = (
+                (header.width, header.height),
+                (mask_header.width, mask_header.height),
+            )
             if size != mask_size:
                 reason = "mask is not of the image's size"
                 faults.append(Fault(mask, None, reason, f"{mask_size} for {size}"))
                 continue
-            with Image.open(mask) as image:
-                mode = image.mode
+            mode = mask_header.mode
             if mode not in ("P", "L"):
                 reason = "mask is not an image of class indices (palette or grey, 8 bits)"
                 faults.append(Fault(mask, None, reason, f"mode {mode}"))
@@ -227,7 +231,7 @@ class VocSegmentation(ImageData[_MaskRecord, SegmentationSample]):
                 "name every class in classes.txt"
             )
         return SegmentationSample(
-            image=read_image(record.image.path),
+            image=read_image(record.image.path, record.image.upright),
             mask=mask,
             image_id=record.image.id,
             name=record.image.name,

@@ -22,7 +22,7 @@ from detseg_losses.integrations.samples import (
     Fault,
     category_names,
     check_box,
-    image_size,
+    check_image,
     report_faults,
 )
 
@@ -141,15 +141,10 @@ def _usable_images(
     label_files = set()
     for index, entry in enumerate(entries):
         path = directory / entry["file_name"]
-        size = image_size(path, faults)
-        if size is None:
+        if check_image(path, (entry["width"], entry["height"]), faults) is None:
             continue
         label_file = path.with_suffix(".txt")
-        if size != (entry["width"], entry["height"]):
-            found = f"{path}: {size[0]}x{size[1]} for {entry['width']}x{entry['height']}"
-            reason = "image is not of the size that the file states"
-            faults.append(Fault(file, index, reason, found))
-        elif label_file in label_files:
+        if label_file in label_files:
             reason = "image would share the label file of an image before it"
             faults.append(Fault(file, index, reason, path))
         else:
