@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
@@ -365,9 +365,20 @@ class _ConfigFile(ActionConfigFile):
 
 
 class _Parser(ArgumentParser):
-    def __init__(self, config_class: type, description: str | None) -> None:
+    def __init__(
+        self, config_class: type, description: str | None, check: Callable[[Any], None]
+    ) -> None:
         super().__init__(description=description, allow_abbrev=False)
-        self.config_class = config_class
+        self.config_class, self.check = config_class, check
+
+    def checked(self, arguments: Namespace) -> Any:
+        """The configuration that was given, if a run would accept it."""
+        config = _instantiate(self, arguments, self.config_class)
+        try:
+            self.check(config)
+        except ValueError as error:
+            raise UsageError(error) from error
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2 and the whole message in one line, with the nearest known name."""
@@ -382,7 +393,7 @@ class _Parser(ArgumentParser):
 
     def dump(self, cfg: Namespace, **options: Any) -> str:
         """The text of a configuration for ``--print_config``, of one that a run would accept."""
-        _instantiate(self, cfg.clone(), self.config_class)
+        self.checked(cfg.clone())
         return super().dump(cfg, **options)
 
 
@@ -392,13 +403,20 @@ def parse(config_class: type[T], description: str | None) -> T:
     return _instantiate(parser, parser.parse_args(), config_class)
 
 
-def parse_training(config_class: type[TrainingT], description: str | None) -> TrainingT:
+def parse_training(
+    config_class: type[TrainingT],
+    description: str | None,
+    check: Callable[[TrainingT], None] = lambda config: None,
+) -> TrainingT:
     """Return the configuration of a training run; with ``--resume`` it starts from the stored one.
+
+    ``check`` raises a ValueError where the model cannot be trained so; it judges what
+    ``--print_config`` prints, too.
 
     Raises:
         UsageError: if there is nothing to resume, or options make no sense together.
     """
-    parser = _parser(config_class, description, skip={"resume"})
+    parser = _parser(config_class, description, skip={"resume"}, check=check)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -412,7 +430,7 @@ def parse_training(config_class: type[TrainingT], description: str | None) -> Tr
         checkpoint = load_checkpoint(file, config_class.task)
         _set_defaults(parser, checkpoint["config"], file)
         arguments = parser.parse_args()
-    config = _instantiate(parser, arguments, config_class)
+    config = parser.checked(arguments)
     _check_devices(config.train.devices)
     return config
 
@@ -448,9 +466,12 @@ def _set_defaults(parser: ArgumentParser, values: Any, file: Path) -> None:
 
 
 def _parser(
-    config_class: type, description: str | None, skip: set[str | int] | None = None
-) -> ArgumentParser:
-    parser = _Parser(config_class, description)
+    config_class: type,
+    description: str | None,
+    skip: set[str | int] | None = None,
+    check: Callable[[Any], None] = lambda config: None,
+) -> _Parser:
+    parser = _Parser(config_class, description, check)
     parser.add_argument("--config", action=_ConfigFile)
     parser.add_class_arguments(config_class, skip=skip)
     return parser
@@ -478,11 +499,30 @@ def _check_data(data: DataConfig) -> None:
             f"data.crop {data.crop} is larger than data.size {data.size}, into which the images "
             "are fitted: the rest would be padding"
         )
+    check_memory(data, 1)
     hint = "for images between 0 and 1; divide numbers for 0 to 255 by 255"
     if len(data.mean) != 3 or not all(0 <= value <= 1 for value in data.mean):
         raise UsageError(f"data.mean takes three numbers from 0 to 1, {hint}; got {data.mean}")
     if len(data.std) != 3 or not all(0.001 <= value <= 1 for value in data.std):
         raise UsageError(f"data.std takes three numbers from 0.001 to 1, {hint}; got {data.std}")
+
+
+def check_memory(data: DataConfig, batch_size: int) -> None:
+    """Refuse batches whose images alone are more than the memory of this machine.
+
+    Raises:
+        UsageError: naming both.
+    """
+    height, width = height_width(data.size)
+    gigabytes = batch_size * height * width * 3 * 4 / 1e9
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if gigabytes > there:
+        raise UsageError(
+            f"{batch_size} images of data.size {data.size} in one batch take {gigabytes:.0f} GB, "
+            f"and this machine has {there:.0f} GB; lower data.size or the batch size"
+        )
 
 
 def _check_anchors(anchors: list[int] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -19,9 +20,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from common.config import DataConfig, DetectorConfig
+from common.config import DataConfig, DetectionConfig, DetectorConfig
 from common.errors import UsageError
 from common.weights import load_file, load_matching
+from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import DetectionData, Extra
 
 _BACKBONES = {
@@ -94,6 +96,22 @@ def check_keypoints(model: DetectorConfig, data: DetectionData) -> None:
         raise UsageError(
             f"model.keypoints is {model.keypoints}, and the objects have {len(data.mirrored)}"
         )
+
+
+def check_losses(config: DetectionConfig) -> None:
+    """Refuse losses that the detector has no use for, before the data is read.
+
+    Lists of class weights are not judged: only the data tells how many classes there are.
+
+    Raises:
+        UsageError, ValueError: as :func:`build_detector` and ``use_losses`` do.
+    """
+    with torch.device("meta"):  # without memory and random numbers
+        detector = build_detector(config.model, config.data, ["any"], config.seed)
+    if "[" not in config.loss:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again with the data
+            use_losses(detector, config.loss)
 
 
 def build_detector(

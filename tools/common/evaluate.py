@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +26,7 @@ from detseg_losses.integrations.samples import (
     DataT,
     DetectionData,
     Fault,
+    inside,
     report_faults,
     to_results,
 )
@@ -148,6 +152,8 @@ def evaluate_detector(
     results = detect(fabric, detector, _share(fabric, data), config, batch_size, faults)
     results, faults = _gather(fabric, results), _gather(fabric, faults)
     judged = without_faulty(data, faults)
+    if faults:
+        fabric.print(report_faults(faults))
     metrics = coco_metrics(judged.ground_truth(), results) if fabric.is_global_zero else {}
     add_note(metrics, faults)
     return fabric.broadcast(metrics)
@@ -212,11 +218,91 @@ def evaluate_segmenter(
         confusion.update(mask, torch.from_numpy(truth))
     faults = _gather(fabric, faults)
     without_faulty(data, faults)
+    if faults:
+        fabric.print(report_faults(faults))
     matrix = confusion.matrix.to(fabric.device)
     confusion.matrix = cast(Tensor, fabric.all_reduce(matrix, reduce_op="sum")).cpu()
     metrics = confusion.metrics(data.classes)
     add_note(metrics, faults)
     return metrics
+
+
+def check_folder(option: str, folder: str | None) -> None:
+    """Refuse a folder for results that is a file, or that cannot be made or written.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if folder is None:
+        return
+    there = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise UsageError(f"{option} {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {folder}: {there} cannot be written")
+
+
+def mask_files(folder: Path, data: Data, root: Path) -> list[Path]:
+    """Where the predicted mask of each image goes: below ``folder``, as its name with ``.png``.
+
+    Names that would meet in one file keep their own ending, ``1.jpg.png``, and where that is not
+    enough get the id of the image, ``1.jpg.7.png``.
+
+    Args:
+        folder: the folder for the masks.
+        data: the images.
+        root: the folder of the data set, in which no file is replaced.
+
+    Raises:
+        DataError: if a name leads out of the folder.
+        UsageError: if a link in the folder leads out of it, or a file of the data set would be
+            replaced.
+    """
+    spellings = []
+    for image in data.images:
+        file = inside(folder, image.name)
+        if file is None:
+            raise DataError(f"the mask of image {image.name!r} would be outside of {folder}")
+        names = (f"{file.stem}.png", f"{file.name}.png", f"{file.name}.{image.id}.png")
+        spellings.append([file.with_name(name) for name in names])
+    chosen = [0] * len(spellings)
+    while True:
+        files = [each[n] for each, n in zip(spellings, chosen, strict=True)]
+        used = Counter(str(file).casefold() for file in files)
+        used.update({str(above).casefold() for file in files for above in file.parents})
+        met = [i for i, file in enumerate(files) if used[str(file).casefold()] > 1]
+        if not (longer := [i for i in met if chosen[i] < 2]):
+            break
+        for index in longer:
+            chosen[index] += 1
+    if met:
+        raise DataError(f"two masks would be {files[met[0]]}; give the images names that differ")
+    for file in files:
+        try:
+            target, there = file.resolve(), os.path.lexists(file)
+        except OSError as error:
+            raise UsageError(f"{file} cannot be written ({error.strerror})") from error
+        if not target.is_relative_to(folder.resolve()):
+            raise UsageError(f"{file} is a link to {target}; name another folder as save_masks")
+        if there and target.is_relative_to(root.resolve()):
+            raise UsageError(
+                f"{file} is a file in the data set {root}, and is not replaced; name a new folder as "
+                "save_masks"
+            )
+    return files
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], file: str) -> None:
+    """Load the weights of a checkpoint.
+
+    Raises:
+        UsageError: if they are not those of this model.
+    """
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"{file} does not hold the model that it describes: {reason}") from error
 
 
 def check_classes(data: Data, trained: list[str]) -> None:

@@ -76,6 +76,9 @@ def _smp(model: SegmenterConfig, channels: int) -> nn.Module:
     if options is None:
         light = {"encoder_depth": 3, "decoder_channels": (64, 32, 16)}
         options = light if model.name.lower() == "unet" else {}
+    encoders = smp.encoders.get_encoder_names()
+    if model.encoder not in encoders and not model.encoder.startswith("tu-"):
+        raise ValueError(f"there is no such encoder{nearest(model.encoder, encoders)}")
     weights = None
     if model.weights == "DEFAULT":
         weights = True if model.encoder.startswith("tu-") else "imagenet"
