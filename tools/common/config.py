@@ -366,18 +366,19 @@ class _ConfigFile(ActionConfigFile):
 
 class _Parser(ArgumentParser):
     def __init__(
-        self, config_class: type, description: str | None, check: Callable[[Any], None]
+        self, config_class: type, description: str | None, check: Callable[[Any], None] | None
     ) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self.config_class, self.check = config_class, check
 
     def checked(self, arguments: Namespace) -> Any:
         """The configuration that was given, if a run would accept it."""
-        config = _instantiate(self, arguments, self.config_class)
-        try:
-            self.check(config)
-        except ValueError as error:
-            raise UsageError(error) from error
+        config: Any = _instantiate(self, arguments, self.config_class)
+        if self.check is not None:
+            try:
+                self.check(config)
+            except ValueError as error:
+                raise UsageError(error) from error
         return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -406,7 +407,7 @@ def parse(config_class: type[T], description: str | None) -> T:
 def parse_training(
     config_class: type[TrainingT],
     description: str | None,
-    check: Callable[[TrainingT], None] = lambda config: None,
+    check: Callable[[TrainingT], None] | None = None,
 ) -> TrainingT:
     """Return the configuration of a training run; with ``--resume`` it starts from the stored one.
 
@@ -469,7 +470,7 @@ def _parser(
     config_class: type,
     description: str | None,
     skip: set[str | int] | None = None,
-    check: Callable[[Any], None] = lambda config: None,
+    check: Callable[[Any], None] | None = None,
 ) -> _Parser:
     parser = _Parser(config_class, description, check)
     parser.add_argument("--config", action=_ConfigFile)

@@ -286,8 +286,8 @@ def mask_files(folder: Path, data: Data, root: Path) -> list[Path]:
             raise UsageError(f"{file} is a link to {target}; name another folder as save_masks")
         if there and target.is_relative_to(root.resolve()):
             raise UsageError(
-                f"{file} is a file in the data set {root}, and is not replaced; name a new folder as "
-                "save_masks"
+                f"{file} is a file in the data set {root}, and is not replaced; name a new folder "
+                "as save_masks"
             )
     return files
 
