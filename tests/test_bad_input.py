@@ -149,6 +149,7 @@ def _cases() -> Iterator[Case]:
         ("dice+focal", "dice"),
         ("a: giou", "loss"),
         ("giou+focal(ignore_index=0)", "ignore_index"),
+        ("giou+focal(class_weights=[1,x])", "class_weights"),
     ):
         for more in ([], ["--print_config"]):
             nowhere = [f"--loss={loss}", "--data.root=nowhere", *more]
@@ -340,6 +341,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config.data = DataConfig(format="coco", root=str(coco), size=64)
         classes = ["background", *CLASSES] if name == "seg" else list(CLASSES)
         run = {"task": config.task, "config": to_dict(config), "classes": classes, "model": {}}
+        run |= {"step": 1, "best": 0.0, "loss": {}, "optimizer": {}, "precision": {}}
+        run["metrics"] = None
         (place / name).mkdir()
         torch.save(run, place / name / "last.ckpt")
     torch.save({"weights": torch.zeros(2)}, place / "foreign.ckpt")

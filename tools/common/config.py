@@ -20,7 +20,7 @@ from common.checkpoint import load_checkpoint
 from common.errors import UsageError, fail
 from detseg_losses import build_loss
 from detseg_losses.integrations.samples import VOID
-from detseg_losses.spec import SpecError, nearest, read_stages
+from detseg_losses.spec import SpecError, nearest
 
 Task = Literal["detection", "segmentation"]
 
@@ -486,7 +486,6 @@ def _instantiate(parser: ArgumentParser, arguments: Namespace, config_class: typ
         _check_data(config.data)
     if isinstance(config, DetectionConfig):
         _check_anchors(config.model.anchors)
-        _check_detection_loss(config)
     elif isinstance(config, SegmentationConfig):
         _check_segmentation_loss(config)
     return config
@@ -529,22 +528,6 @@ def check_memory(data: DataConfig, batch_size: int) -> None:
 def _check_anchors(anchors: list[int] | None) -> None:
     if anchors is not None and not (3 <= len(anchors) <= 5 and min(anchors) > 0):
         raise UsageError(f"model.anchors takes 3 to 5 positive numbers, got {anchors}")
-
-
-def _check_detection_loss(config: DetectionConfig) -> None:
-    """Read the loss string; what the model has a use for shows when it is built."""
-    family = config.model.name.partition("_")[0]
-    stages = {
-        "fasterrcnn": ["rpn", "roi"],
-        "maskrcnn": ["rpn", "roi", "mask"],
-        "keypointrcnn": ["rpn", "roi", "keypoint"],
-    }
-    try:
-        parts = read_stages(config.loss, stages[family], family) if family in stages else {}
-        for spec in parts.values() or [config.loss]:
-            build_loss(spec)
-    except SpecError as error:
-        raise UsageError(error) from error
 
 
 def _check_segmentation_loss(config: SegmentationConfig) -> None:

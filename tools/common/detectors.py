@@ -23,6 +23,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from common.config import DataConfig, DetectionConfig, DetectorConfig
 from common.errors import UsageError
 from common.weights import load_file, load_matching
+from detseg_losses import build_loss
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import DetectionData, Extra
 
@@ -101,14 +102,18 @@ def check_keypoints(model: DetectorConfig, data: DetectionData) -> None:
 def check_losses(config: DetectionConfig) -> None:
     """Refuse losses that the detector has no use for, before the data is read.
 
-    Lists of class weights are not judged: only the data tells how many classes there are.
+    A string with lists, such as class weights, is only parsed: the data tells how many classes
+    there are.
 
     Raises:
         UsageError, ValueError: as :func:`build_detector` and ``use_losses`` do.
     """
     with torch.device("meta"):  # without memory and random numbers
         detector = build_detector(config.model, config.data, ["any"], config.seed)
-    if "[" not in config.loss:
+    if "[" in config.loss:
+        for part in filter(str.strip, config.loss.split(";")):
+            build_loss(part.rpartition(":")[2])
+    else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again with the data
             use_losses(detector, config.loss)
