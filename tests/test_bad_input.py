@@ -47,6 +47,16 @@ BASE = {
 }
 
 
+ODD_OPTIONS: dict[str, dict[str, object]] = {
+    "no_options": {},
+    "no_data": {"data": None},
+    "list_of_data": {"data": [1]},
+    "old_option": {"data": {"frmat": "coco"}},
+    "bad_value": {"data": {"size": "large"}},
+}
+"""Options in checkpoints that are not those of these tools."""
+
+
 class Case(NamedTuple):
     """A command line and the words that its error has to have."""
 
@@ -248,6 +258,12 @@ def _cases() -> Iterator[Case]:
             (f"@/{other}/last.ckpt", other_task),
         ):
             yield from single(tool, f"--checkpoint={file}", words=[word])
+        for kind in ODD_OPTIONS:
+            train = tool.replace("eval", "train")
+            words = ["size" if kind == "bad_value" else f"{own}_{kind}"]
+            yield from single(tool, f"--checkpoint=@/{own}_{kind}/last.ckpt", words=words)
+            if kind not in ("no_options", "bad_value"):
+                yield from single(train, "--resume", f"--output=@/{own}_{kind}", words=words)
         checkpoint = f"--checkpoint=@/{own}/last.ckpt"
         for option, word in (
             ("--output=@/file.txt", "output"),
@@ -345,6 +361,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run["metrics"] = None
         (place / name).mkdir()
         torch.save(run, place / name / "last.ckpt")
+        for kind, odd in ODD_OPTIONS.items():
+            (place / f"{name}_{kind}").mkdir()
+            torch.save(run | {"config": odd}, place / f"{name}_{kind}/last.ckpt")
     torch.save({"weights": torch.zeros(2)}, place / "foreign.ckpt")
     (place / "empty.ckpt").touch()
     (place / "file.txt").write_text("any text\n")

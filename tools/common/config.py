@@ -342,7 +342,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
-set_loader("yaml", lambda text: yaml.load(text, Loader=_Loader), (yaml.YAMLError,))
+set_loader("yaml", lambda text: yaml.load(text, Loader=_Loader), (yaml.YAMLError, ValueError))
 
 
 class _ConfigFile(ActionConfigFile):
@@ -354,7 +354,7 @@ class _ConfigFile(ActionConfigFile):
             content = yaml.load(Path(values).read_text(encoding="utf-8"), Loader=_Loader)
         except OSError as error:
             fail(f"--config {values}: cannot be read ({error.strerror})")
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             fail(f"--config {values}: is not valid YAML ({error})")
         if not isinstance(content, dict):
             fail(f"--config {values}: holds no options 'name: value'; see the files in configs")
@@ -429,7 +429,7 @@ def parse_training(
             raise UsageError("--resume needs --output, the folder of the run")
         file = Path(arguments.output) / "last.ckpt"
         checkpoint = load_checkpoint(file, config_class.task)
-        _set_defaults(parser, checkpoint["config"], file)
+        _take_over(parser, checkpoint, file)
         arguments = parser.parse_args()
     config = parser.checked(arguments)
     _check_devices(config.train.devices)
@@ -449,17 +449,18 @@ def parse_evaluation(
     if arguments.checkpoint is not None:
         file = Path(arguments.checkpoint)
         checkpoint = load_checkpoint(file, config_class.task)
-        stored = checkpoint["config"]
-        _set_defaults(
-            parser, {"data": stored.get("data") if isinstance(stored, dict) else None}, file
-        )
+        _take_over(parser, checkpoint, file, "data")
         arguments = parser.parse_args()
     return _instantiate(parser, arguments, config_class), checkpoint
 
 
-def _set_defaults(parser: ArgumentParser, values: Any, file: Path) -> None:
+def _take_over(
+    parser: ArgumentParser, checkpoint: dict[str, Any], file: Path, *sections: str
+) -> None:
+    """Make the options of a checkpoint, or these sections of them, the defaults."""
     try:
-        parser.set_defaults(values)
+        stored = checkpoint["config"]
+        parser.set_defaults({name: dict(stored[name]) for name in sections} or dict(stored))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{file}: the options in it are not those of this tool: {error}"
@@ -531,12 +532,14 @@ def _check_anchors(anchors: list[int] | None) -> None:
 
 
 def _check_segmentation_loss(config: SegmentationConfig) -> None:
-    decided = {"mode": config.model.mode, "ignore_index": VOID, "reduction": "mean"}
+    decided = {"mode": config.model.mode, "ignore_index": VOID}
     try:
         loss = build_loss(config.loss, "segmentation", mode=config.model.mode, ignore_index=VOID)
     except SpecError as error:
         raise UsageError(error) from error
     for name, _, term in loss.items():
+        if term.options["reduction"] == "none":
+            raise UsageError(f"loss {config.loss!r}: {name!r} cannot have reduction='none' here")
         for option, value in decided.items():
             if term.given.get(option, value) != value:
                 raise UsageError(
