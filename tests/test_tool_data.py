@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
 
+import coco_to_yolo
 from common import census
 from common.census import say_model, say_objects, say_pixels
 from common.config import (
@@ -430,3 +431,63 @@ def test_masks_replace_no_file_of_the_data_and_follow_no_link(tmp_path: Path) ->
     (masks / "train").symlink_to(data)
     with pytest.raises(UsageError, match="is a link"):
         mask_files(masks, named("train/2.png"), data)
+
+
+# Conversion for Ultralytics.
+
+
+@pytest.fixture
+def strange(tmp_path: Path) -> Path:
+    """Images of strange names, and objects whose flags are text; one image is not of the data."""
+    root = tmp_path / "data"
+    (root / "train/a").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    photo = Image.new("RGB", (64, 64))
+    photo.save(tmp_path / "photo.png")
+    names = ["1.png", "a\\2.png", "../../photo.png", str(tmp_path / "photo.png")]
+    for name in ("1.png", "a/2.png"):
+        photo.save(root / "train" / name)
+    sound = {"category_id": 1, "bbox": [2, 2, 8, 8], "iscrowd": "0"}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"bbox": ["4", "4", "8", "8"]},
+        {"iscrowd": "1"},
+        {"ignore": 1},
+        {"iscrowd": "maybe"},
+        {"bbox": "1234"},
+        {"bbox": [True, True, 8, 8]},
+    ]
+    annotations: list[dict[str, Any]] = [{**sound, **change, "image_id": 1} for change in changes]
+    annotations += [{**sound, "image_id": number} for number in (2, 3, 4)]
+    images = [
+        {"id": number, "file_name": name, "width": 64, "height": 64}
+        for number, name in enumerate(names, start=1)
+    ]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    (root / "annotations/instances_train.json").write_text(json.dumps(content))
+    return root
+
+
+def test_the_converter_stays_in_its_folder_and_reads_flags_as_text(
+    strange: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ultralytics")
+    place = strange.parent
+    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    output = place / "output"
+    options = [f"--data={strange}", f"--output={output}", "--copy=true"]
+    monkeypatch.setattr("sys.argv", ["coco_to_yolo.py", *options])
+    coco_to_yolo.main()
+    said = capsys.readouterr().out
+    assert "2 x file_name leads outside of the folder of the images" in said
+    assert "1 x iscrowd or ignore is neither 0 nor 1" in said
+    assert "2 x bbox is not four numbers" in said
+    there = {str(file.relative_to(output)) for file in output.rglob("*") if file.is_file()}
+    assert {name for name in there if not name.endswith(".cache")} == {
+        "data.yaml",
+        *("images/train/1.png", "images/train/a/2.png"),
+        *("labels/train/1.txt", "labels/train/a/2.txt"),
+    }
+    assert len((output / "labels/train/1.txt").read_text().splitlines()) == 2
+    outside = [file for file in place.rglob("*") if file.is_file() and output not in file.parents]
+    assert {file: file.read_bytes() for file in outside} == before
