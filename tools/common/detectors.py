@@ -108,8 +108,9 @@ def check_losses(config: DetectionConfig) -> None:
     Raises:
         UsageError, ValueError: as :func:`build_detector` and ``use_losses`` do.
     """
-    with torch.device("meta"):  # without memory and random numbers
+    with torch.device("meta"):  # which spares the time to draw random weights
         detector = build_detector(config.model, config.data, ["any"], config.seed)
+    detector.to_empty(device="cpu")
     if "[" in config.loss:
         for part in filter(str.strip, config.loss.split(";")):
             build_loss(part.rpartition(":")[2])
