@@ -92,7 +92,7 @@ def _cases() -> Iterator[Case]:
     yield from each("train_det", "seed", ["-1", f"{2**70}", "1.5", "nan", "x"])
     yield from each("train_det", "data.workers", ["-1", "1.5", "100000", f"{2**70}"])
     yield from each("train_seg", "data.subset", ["0", "-1", "half"])
-    yield from each("train_det", "model.fpn_channels", ["0", "-8", "12", f"{2**70}", "wide"])
+    yield from each("train_det", "model.fpn_channels", ["0", "-8", "8", "12", f"{2**70}", "wide"])
     yield from each("train_det", "model.keypoints", ["0", "-1", f"{2**70}"])
     yield from each("train_det", "model.anchors", ["[16]", "[]", "16", "[0,0,0]", "[1,-1,2]"])
     yield from each("train_det", "model.anchors", ["[16,32,64,128,256,512,1024,2048]", "[a,b,c]"])

@@ -143,8 +143,10 @@ def build_detector(
         )
     else:
         anchors = model.anchors or [16, 32, 64, 128]
-        if model.fpn_channels % 8:
-            raise UsageError(f"model.fpn_channels {model.fpn_channels} is not a multiple of 8")
+        if model.fpn_channels % 8 or model.fpn_channels < 16:  # a group of one pixel has no norm
+            raise UsageError(
+                f"model.fpn_channels {model.fpn_channels} is not a multiple of 8, at least 16"
+            )
         if len(anchors) < 3:
             raise UsageError(f"model.anchors needs at least 3 sizes, got {anchors}")
         sizes = tuple((a, int(a * 2 ** (1 / 3)), int(a * 2 ** (2 / 3))) for a in anchors)
