@@ -129,6 +129,8 @@ def _cases() -> Iterator[Case]:
         words = [wrong, f"did you mean '{near}'"]
         yield from single("train_seg", f"--model.encoder={wrong}", words=words)
     yield from single("train_seg", "--model.name=", words=["model"])
+    yield from single("train_seg", "--model.encoder=", words=["encoder"])
+    yield from single("train_seg", "--model.encoder=@/coco", words=["encoder"])
     yield from single("train_seg", "--model.options={depth: 3}", words=["depth"])
     yield from single("train_seg", "--model.options=3", words=["model.options"])
     yield from single("train_seg", "--model.options={encoder_depth: 99}", words=["99"])
@@ -183,7 +185,7 @@ def _cases() -> Iterator[Case]:
             yield from single("train_seg", *nowhere, words=[word])
     yield from single("train_seg", "--loss=ce(class_weights=[1,2])", words=["class_weights", "5"])
     # The data.
-    yield from each("train_det", "data.root", ["null", "nowhere", "@/file.txt", ""])
+    yield from each("train_det", "data.root", ["null", "nowhere", "@/file.txt", "", "x" * 300])
     for root in ("plain", "empty"):
         yield from single("train_det", f"--data.root=@/{root}", words=[root, "instances"])
     for root in ("plain", "empty", "both"):
@@ -278,6 +280,9 @@ def _cases() -> Iterator[Case]:
             ("--data=null", "data"),
             ("--outptu=x", "outptu"),
             ("--outp=x", "outp"),
+            (f"--output={'x' * 300}", "output"),
+            ("--data.val_list=nowhere.txt", "nowhere.txt"),
+            ("--data.faults=refuse", "describes"),
         ):
             yield from single(tool, checkpoint, option, words=[word])
     seg = "--checkpoint=@/seg/last.ckpt"

@@ -138,7 +138,7 @@ def find_format(
     if config.format == "shapes":
         return "shapes"
     root = Path(config.root).expanduser()
-    if not config.root or not root.is_dir():
+    if not config.root or not os.path.isdir(root):  # a Path raises on a name that is too long
         raise UsageError(f"data.root {config.root!r} is not a folder")
     if config.format != "auto":
         return config.format

@@ -235,6 +235,12 @@ def check_folder(option: str, folder: str | None) -> None:
     """
     if folder is None:
         return
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: cannot be made ({error.strerror})") from error
     there = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise UsageError(f"{option} {folder}: {there} is no folder")
@@ -301,7 +307,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], file: str) -> Non
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{file} does not hold the model that it describes: {reason}") from error
 
 
