@@ -317,7 +317,7 @@ def _cases() -> Iterator[Case]:
         (["--data=@/coco", "--output=out", "--segments=maybe"], "segments"),
         (["--data=@/coco", "--output=out", "--cop"], "--cop"),
         (["--data=@/nothing", "--output=out"], "object"),
-        (["--data=@/outside", "--output=out"], "outside"),
+        (["--data=@/outside", "--output=out"], "file_name"),
     ):
         yield from single("coco_to_yolo", *options, words=[word])
 

@@ -156,7 +156,7 @@ def _usable_images(
     for index, entry in enumerate(entries):
         path = inside(directory, entry["file_name"])
         if path is None:
-            reason = "file_name leads outside of the folder of the images"
+            reason = "file_name is not a path inside of the folder of the images"
             faults.append(Fault(file, index, reason, entry["file_name"]))
             continue
         if check_image(path, (entry["width"], entry["height"]), faults) is None:
