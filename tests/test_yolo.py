@@ -584,7 +584,7 @@ def test_faulty_data_is_left_out_and_listed(faulty):
         said = tool("--data", faulty, "--output", output, f"--segments={segments}")
         assert said.returncode == 0, said.stderr
         assert f"{count} faults" in said.stdout
-        assert "1 x image is not of the size that the file states" in said.stdout
+        assert "1 x image is not of the size that its annotation states" in said.stdout
         assert "1 x image would share the label file of an image before it" in said.stdout
         assert [file.name for file in (output / "images/train").iterdir()] == ["0.png"]
         (file,) = (output / "labels/train").iterdir()
