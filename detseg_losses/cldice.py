@@ -42,8 +42,8 @@ def cldice_loss(
             class in both skeletons.
 
     Raises:
-        ValueError: on iterations outside of [0, 1000], shapes that do not fit, a mode that cannot be told, or a
-            label out of range.
+        ValueError: on iterations outside of [0, 1000], shapes that do not fit, a mode that cannot
+            be told, or a label out of range.
     """
     if not 0 <= iterations <= 1000:
         raise ValueError(f"iterations must be in [0, 1000]: {iterations}")

@@ -7,6 +7,8 @@ import inspect
 import math
 import operator
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -17,6 +19,9 @@ from .base import LOSSES, Kind, Loss, Ramp, check_choice
 from .statistics import statistics
 
 Weight = float | Ramp | Literal["learned"]
+
+PATIENCE = 50
+"""After so many training calls without a step a ramp is warned of."""
 
 _LEARNED = "log_variance_"
 """What the parameter of a learned weight is called, before the name of its term."""
@@ -457,6 +462,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there are {', '.join(sorted(by_lower.values()))}"
 
 
+def warn(message: str) -> None:
+    """Warn of the line that led here from outside of this package and those that it is put into."""
+    inner = ("detseg_losses", "torch", "torchvision", "transformers", "ultralytics")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in inner:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def _short(text: str) -> str:
     """A part of a string for a message: the beginning, quoted."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
@@ -522,6 +536,8 @@ class LossSum(nn.Module):
         self.values: dict[str, Tensor] = {}
         self.step = 0
         self.adapted = False
+        self.kept = False  # whether there is something that saves the state of an adapted sum
+        self.compared: set[str] = set()  # entries that an adapter has compared with the stock loss
         for name, weight in zip(self.names, self.weights, strict=True):
             if weight == "learned":
                 # On this module and not a child's, which would enter it in every state_dict.
@@ -538,6 +554,8 @@ class LossSum(nn.Module):
         if kind is not None:
             for _, loss in terms:
                 _check_kind(type(loss), loss.name, kind)
+        # Training calls until a ramp has gone on; None where there is nothing to warn of.
+        self._calls = 0 if self._counts or self._learned else None
         self.kind = kind or next((each for each in get_args(Kind) if each in shared), None)
         self.groups = self._groups() if self.kind == "segmentation" else []
 
@@ -567,8 +585,34 @@ class LossSum(nn.Module):
         values = {
             name: self.weighted(name, results[index]) for index, name in enumerate(self.names)
         }
-        self.values = {name: value.detach() for name, value in values.items()}
+        self.record({name: value.detach() for name, value in values.items()})
         return values
+
+    def record(self, values: dict[str, Tensor]) -> None:
+        """Hold the detached values of a call. In training it is where one warning is given of a
+        ramp that does not go on, and of learned weights that no checkpoint will have.
+        """
+        self.values = values
+        if torch.compiler.is_compiling() or self._calls is None:
+            return
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        self._calls += 1
+        if self._calls == 1 and self._learned and self.adapted and not self.kept:
+            warn(
+                f"the learned weights of {' and '.join(self._learned)} are not in "
+                "model.state_dict(), and so not in a checkpoint of the model: save "
+                "losses.state_dict() beside it and load it when training goes on, with losses = "
+                "detseg_losses.integrations.ModelLosses(model)"
+            )
+        if self._calls == PATIENCE and self._counts:
+            warn(
+                f"after {PATIENCE} training calls the ramp in {self!r} is still in step "
+                f"{self.step}: call advance() of the loss after each optimizer step, for an "
+                "adapted model detseg_losses.integrations.ModelLosses(model).advance()"
+            )
+        if self._calls == PATIENCE or not self._counts:
+            self._calls = None
 
     def weighted(self, name: str, value: Tensor) -> Tensor:
         """A term's part of the sum, from the value of its loss."""
@@ -591,6 +635,8 @@ class LossSum(nn.Module):
         self._set_step(self.step + 1)
 
     def _set_step(self, step: int) -> None:
+        if step != self.step:
+            self._calls = None
         self.step = step
         for loss in self.terms:
             loss.step = step
@@ -606,10 +652,24 @@ class LossSum(nn.Module):
         """Whether the value depends on the step."""
         return self.ramped is not None or any(loss.ramps for loss in self.terms)
 
+    @property
+    def _learned(self) -> list[str]:
+        return [name for name, w in zip(self.names, self.weights, strict=True) if w == "learned"]
+
     def adapt(self, model: nn.Module) -> LossSum:
-        """Get ready to be a part of a model: go to its device, leave its ``state_dict`` alone."""
+        """Get ready to be a part of a model: go to its device, leave its ``state_dict`` alone.
+
+        Raises:
+            TypeError: where the model is on the meta device.
+        """
+        device = next(model.parameters()).device
+        if device.type == "meta":
+            raise TypeError(
+                f"{type(model).__name__} is on the meta device: use_losses needs a model that has "
+                "its weights"
+            )
         self.adapted = True
-        return self.to(next(model.parameters()).device)
+        return self.to(device)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.adapted and prefix:
@@ -804,12 +864,22 @@ SUMS: dict[str, type[NamedSum]] = {"combo": ComboLoss, "unified_focal": UnifiedF
 """The sums that have a name in a loss string."""
 
 
+EXAMPLES: dict[Kind, tuple[str, ...]] = {
+    "segmentation": ("ce", "dice"),
+    "classification": ("bce", "focal"),
+    "boxes": ("giou", "ciou"),
+    "deltas": ("l1", "smooth_l1"),
+    "distribution": ("dfl",),
+}
+"""Losses of each kind to name in a message, where all would be too many."""
+
+
 def _check_kind(cls: type[Loss | NamedSum], name: str, kind: Kind) -> None:
     check_choice("kind", kind, Kind)
     if kind not in cls.kinds:
         raise SpecError(
             f"{name!r} is a loss of {' or '.join(cls.kinds)}, not of {kind}; "
-            f"of {kind} there are {', '.join(names_of_kind(kind))}"
+            f"write for example {' or '.join(map(repr, EXAMPLES[kind]))}"
         )
 
 

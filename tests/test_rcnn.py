@@ -292,7 +292,7 @@ def test_the_sampled_anchors_alone_count_in_the_rpn(images, targets):
     truths = [torch.tensor([[1.0, 1, 9, 9]]).repeat(6, 1)]
     labels = torch.tensor([1.0, 1, 0, 0, -1, -1])
     rpn.assign_targets_to_anchors(anchors, [{"boxes": truths[0][:1]}])
-    rpn._matched = torch.cat(anchors), torch.cat(truths)
+    rpn._matched = torch.cat(anchors), torch.cat(truths), True
     rpn.fg_bg_sampler = lambda labels: ([torch.tensor([1, 0, 0, 0, 0, 0])], [(labels[0] == 0) * 1])
     logits = torch.randn(6, 1, requires_grad=True)
     deltas = torch.randn(6, 4, requires_grad=True)
@@ -542,7 +542,7 @@ def test_meta_device_finds_no_wait_for_the_device():
         anchors, truths = [torch.rand(50, 4)] * 2, [torch.rand(50, 4)] * 2
         logits = torch.randn(100, 1, requires_grad=True)
         deltas = torch.randn(100, 4, requires_grad=True)
-        model.rpn._matched = torch.cat(anchors), torch.cat(truths)
+        model.rpn._matched = torch.cat(anchors), torch.cat(truths), True
         labels = [torch.zeros(50)] * 2
         sum(model.rpn.compute_loss(logits, deltas, labels, truths)).backward()
         classes = [torch.zeros(50, dtype=torch.long)] * 2
