@@ -128,10 +128,10 @@ def _check_masks_apart(loss: LossSum) -> None:
     masks = [(weight, term) for _, weight, term in loss.items() if is_of_masks(term)]
     if masks:
         others = [(weight, term) for _, weight, term in loss.items() if not is_of_masks(term)]
-        parts = [f"{LossSum(others)!r}; "] * bool(others) + [f"mask: {LossSum(masks)!r}"]
+        before = f"{LossSum(others)!r}; " if others else ""
         raise SpecError(
             f"{masks[0][1].name!r} is a loss of masks, which have a part of their own in the "
-            f"string: write {''.join(parts)!r}"
+            f"string: write {f'{before}mask: {LossSum(masks)!r}'!r}"
         )
 
 
@@ -283,12 +283,18 @@ def compare(
     terms = [(weight, term) for name, weight, term in loss.items() if name in values]
     if better := better_weights([weight for weight, _ in terms], ratio):
         pairs = zip(better, terms, strict=True)
-        written = " + ".join(f"{weight:g}*{term!r}" for weight, (_, term) in pairs)
+        written = " + ".join(f"{weight:g}*{_as_written(term)}" for weight, (_, term) in pairs)
         say(
             f"{entry} is {ratio:.2g} times the stock loss in the first batch with objects: think "
             f"of a {'larger' if ratio < 1 else 'smaller'} weight in the loss string: write "
             f"{stage + written!r}"
         )
+
+
+def _as_written(term: Loss) -> str:
+    """A term as a user writes it, without what the head itself decides."""
+    options = term.given | dict(term.named_buffers(recurse=False))
+    return repr(type(term)(**{name: v for name, v in options.items() if name not in FIXED}))
 
 
 def better_weights(weights: Sequence[Weight], ratio: float) -> list[float] | None:
@@ -327,7 +333,7 @@ def within_0_and_1(masks: Tensor) -> Tensor:
     if in_blocks(masks) and masks.numel():
         low, high = (float(value) for value in masks.aminmax())
         if not -ROUNDING <= low <= high <= 1 + ROUNDING:
-            remedy = "; divide by 255" if 1 < high <= 255 and low >= 0 else ""
+            remedy = "; divide by 255" if low >= 0 and 1 < high < 256 else ""
             raise ValueError(
                 f"masks must be within 0 and 1, these are in {low:g}..{high:g}{remedy}"
             )
@@ -359,8 +365,10 @@ def of_matches(key: str, targets: list[dict[str, Tensor]], matched_idxs: list[Te
     found = []
     for target, matched in zip(targets, matched_idxs, strict=True):
         values = target[key]
-        nothing = values.new_zeros(1, *values.shape[1:])
-        found.append(torch.cat((values, nothing))[matched.clamp(min=-1)])
+        # Without an object the shape may be another one.
+        nothing = values.new_zeros((1, 4) if key == "boxes" else (1,))
+        values = torch.cat((values, nothing)) if len(values) else nothing
+        found.append(values[matched.clamp(min=-1)])
     return torch.stack(found)
 
 

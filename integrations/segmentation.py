@@ -87,8 +87,9 @@ def attach(
         take_targets: hook before the forward pass, with keywords: leaves ``model._targets``.
         give_losses: hook after the forward pass.
     """
+    loss.adapt(model)
     detach(model)
-    model.loss = loss.adapt(model)
+    model.loss = loss
     model._targets = None
     model._loss_hooks = (
         model.register_forward_pre_hook(take_targets, with_kwargs=True),

@@ -73,10 +73,12 @@ def use_losses(
     loss, of_centerness = read(type(model), spec, centerness=centerness, normalizer=normalizer)
     loss.check_classes(model.head.classification_head.num_classes)
     of_centerness.check_classes(1)
+    loss.adapt(model)
+    of_centerness.adapt(model)
     restore_losses(model)
     model.head.__class__ = FCOSLossHead
-    model.head.loss, model.head.normalizer = loss.adapt(model), normalizer
-    model.head.centerness = of_centerness.adapt(model)
+    model.head.loss, model.head.normalizer = loss, normalizer
+    model.head.centerness = of_centerness
     return model
 
 

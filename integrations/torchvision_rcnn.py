@@ -108,9 +108,9 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
         if stage == "rpn":
             found, own, ours = model.rpn, RegionProposalNetwork, LossRPN
         check_own(head, found, own, ours)
-    restore_losses(model)
     for loss in losses.values():
         loss.adapt(model)
+    restore_losses(model)
     if "rpn" in losses:
         model.rpn.__class__ = LossRPN
         model.rpn.loss = losses.pop("rpn")

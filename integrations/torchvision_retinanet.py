@@ -64,9 +64,10 @@ def use_losses(model: RetinaNet, spec: str, *, normalizer: Normalizer = "image")
     check_own("the head of RetinaNet", model.head, RetinaNetHead, RetinaNetLossHead)
     loss = read(type(model), spec, normalizer=normalizer)
     loss.check_classes(model.head.classification_head.num_classes)
+    loss.adapt(model)
     restore_losses(model)
     model.head.__class__ = RetinaNetLossHead
-    model.head.loss, model.head.normalizer = loss.adapt(model), normalizer
+    model.head.loss, model.head.normalizer = loss, normalizer
     return model
 
 

@@ -75,9 +75,10 @@ def use_losses(model: Model, spec: str, *, normalizer: Normalizer = "batch") -> 
         )
     loss = read(type(model), spec, normalizer=normalizer)
     loss.check_classes(model.head.classification_head.num_columns)
+    loss.adapt(model)
     restore_losses(model)
     model.__class__ = SSDWithLosses
-    model.loss = loss.adapt(model)
+    model.loss = loss
     model.normalizer = normalizer
     return model
 

@@ -100,9 +100,10 @@ def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
     roles, softmax = _roles(model.loss_type)
     loss = read_losses(spec, type(model).__name__, roles, "batch", softmax=softmax)
     loss.check_classes(model.config.num_labels + softmax)
+    loss.adapt(model)
     restore_losses(model)
     # A submodule, so that it follows the model to its device and an optimizer finds its weights.
-    model.detseg_losses = loss.adapt(model)
+    model.detseg_losses = loss
     model.loss_function = LossFunction(loss, model, roles)
     return model
 

@@ -76,11 +76,12 @@ def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
     for _, _, term in loss.items():
         classes = model.config.num_labels + 1 if isinstance(term, PixelLoss) else 1
         LossSum([(1.0, term)]).check_classes(classes)
+    loss.adapt(model)
     restore_losses(model)
     criterion = model.criterion
     criterion.before = type(criterion), model.weight_dict
     criterion.__class__ = CRITERIA[type(criterion)]
-    criterion.terms = loss.adapt(model)
+    criterion.terms = loss
     # The model multiplies what the criterion returns by these.
     model.weight_dict = {
         entry: 1.0 if _terms(loss, ENTRIES[entry]) else weight

@@ -215,6 +215,8 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
         criterion = _new_criterion(model, criterion)
     for branch in _branches(criterion):
         _check_fit(losses, model, branch)
+    for loss in losses.values():
+        loss.adapt(model)
     restore_losses(model)
     model.criterion = criterion
     criterion.made = made
@@ -224,7 +226,7 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
         branch.bbox_loss = BoxTerms(branch.bbox_loss, losses, compare)
         if "mask" in losses:
             branch.single_mask_loss = MaskTerms(branch.single_mask_loss, losses, compare)
-    criterion.losses = {stage: loss.adapt(model) for stage, loss in losses.items()}
+    criterion.losses = losses
     return model
 
 
