@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -532,3 +533,35 @@ def test_processes_learn_the_same() -> None:
         assert torch.equal(a, b)
         if index < 8:
             torch.testing.assert_close(a, one[index], rtol=1e-4, atol=1e-6)
+
+
+RAMPS = ["ramp(0, 1, steps=9)*ce + dice", "focal(gamma=ramp(0, 2, steps=9))"]
+
+
+def calls(loss: LossSum, number: int = 60) -> list[str]:
+    """What is said in so many calls."""
+    x, y = torch.zeros(1, 1, 2, requires_grad=True), torch.zeros(1, 2).long()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(number):
+            loss(x.expand(1, 2, 2) if loss.names[0] == "ce" else x, y)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("spec", RAMPS)
+def test_a_ramp_that_nobody_advances_is_said_once(spec: str) -> None:
+    loss = build_loss(spec, kind="segmentation")
+    assert not calls(loss, 49)
+    (found,) = calls(loss, 100)
+    assert "after 50 training calls the ramp in" in found
+    assert "call advance() of the loss after each optimizer step" in found
+
+
+@pytest.mark.parametrize("spec", [*RAMPS, "learned*ce", "ce"])
+def test_nothing_is_said_of_a_ramp_that_goes_on_or_does_not_train(spec: str) -> None:
+    loss = build_loss(spec, kind="segmentation")
+    assert not calls(loss.eval())
+    with torch.no_grad():
+        assert not calls(loss.train())
+    loss.advance()
+    assert not calls(loss)

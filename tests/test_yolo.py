@@ -321,7 +321,8 @@ def test_another_scale_is_told_once(batch, nothing, messages):
     ("name", "spec", "message"),
     [
         ("yolo11n.yaml", "giou+focl", "did you mean 'focal'"),
-        ("yolo11n.yaml", "giou+dice", "YOLO has no use for 'dice'"),
+        ("yolo11n.yaml", "giou+dice", "write 'giou; mask: dice'"),
+        ("yolo11n.yaml", "giou+ce", "YOLO has no use for 'ce'; .* write 'bce'"),
         ("yolo11n.yaml", "giou+ghm", "'ghm' is a mean by nature"),
         ("yolo11n.yaml", "giou+focal(reduction='sum')", "itself decides 'reduction'"),
         ("yolo11n.yaml", "giou+focal(class_weights=[1, 2])", "and the model 5 classes"),
