@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -110,8 +111,11 @@ def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
 
 def read(cls: type, spec: str) -> LossSum:
     """The losses of a string, as far as it can be judged without a model."""
-    names = [each.__name__ for each in cls.__mro__]  # a model asks for the loss of its class
-    roles, softmax = _roles(next(name for name in names if name in LOSS_MAPPING))
+    names = " ".join(each.__name__ for each in cls.__mro__)
+    found = re.search("|".join(LOSS_MAPPING), names)  # as a model itself finds it
+    if found is None:
+        raise TypeError(f"transformers has no loss for {cls.__name__}")
+    roles, softmax = _roles(found.group())
     return read_losses(spec, cls.__name__, roles, "batch", softmax=softmax)
 
 
