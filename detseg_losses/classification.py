@@ -474,8 +474,8 @@ class Harmonised(Formula):
     sync: bool
 
     def __post_init__(self) -> None:
-        if self.bins < 1:
-            raise ValueError(f"bins must be 1 or more: {self.bins}")
+        if not 1 <= self.bins <= 10_000:
+            raise ValueError(f"bins must be in [1, 10000]: {self.bins}")
 
     def fitted(self, batch: Batch) -> Formula:
         counts = world_sum(self.counts(batch), self.sync)

@@ -42,11 +42,11 @@ def cldice_loss(
             class in both skeletons.
 
     Raises:
-        ValueError: on iterations below 0, shapes that do not fit, a mode that cannot be told, or a
-            label out of range.
+        ValueError: on iterations outside of [0, 1000], shapes that do not fit, a mode that cannot
+            be told, or a label out of range.
     """
-    if iterations < 0:
-        raise ValueError(f"iterations must not be negative: {iterations}")
+    if not 0 <= iterations <= 1000:
+        raise ValueError(f"iterations must be in [0, 1000]: {iterations}")
     batch = region_batch(logits, target, options)
     batch.target = batch.masks()
     part = Part(WHOLE, batch.logits, batch.target, batch.weight)

@@ -622,7 +622,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         (poly_focal_loss, {"epsilon": -1.5}, "epsilon must not be below -1"),
         (poly_focal_loss, {"alpha": 2}, "alpha must be in"),
         (poly_focal_loss, {"gamma": -1}, "gamma must not be negative"),
-        (ghm_loss, {"bins": 0}, "bins must be 1 or more"),
+        (ghm_loss, {"bins": 0}, r"bins must be in \[1, 10000\]: 0"),
     ],
 )
 def test_bad_options_of_each(loss: Any, options: dict[str, Any], message: str) -> None:

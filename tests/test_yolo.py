@@ -304,9 +304,9 @@ def test_another_scale_is_told_once(batch, nothing, messages):
         run(model, inputs)
     told = [line for line in messages.messages if "first batch" in line]
     assert len(told) == 3
-    assert re.search(r"cls_loss is 0\.0\d+ times .* larger weight of focal in", told[0])
-    assert re.search(r"box_loss is 0\.2 times .* larger weight of giou in", told[1])
-    assert re.search(r"dfl_loss is 5 times .* smaller weight of dfl in", told[2])
+    assert re.search(r"cls_loss is 0\.0\d+ times .* larger weight .*: write '20\*focal'", told[0])
+    assert re.search(r"box_loss is 0\.2 times .* larger weight .*: write '1\*giou'", told[1])
+    assert re.search(r"dfl_loss is 5 times .* smaller weight .*: write '1\*dfl'", told[2])
     messages.clear()
     run(use_losses(model, "ciou+bce"), batch)
     assert not messages.messages
@@ -314,14 +314,15 @@ def test_another_scale_is_told_once(batch, nothing, messages):
     for inputs in (nothing, batch):
         run(model, inputs)
     (told,) = (line for line in messages.messages if "first batch" in line)
-    assert re.search(r"seg_loss is 0\.2 times .* larger weight of bce and bce_2 in", told)
+    assert re.search(r"seg_loss is 0\.2 times .*: write 'mask: 0\.5\*bce \+ 0\.5\*bce'", told)
 
 
 @pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
         ("yolo11n.yaml", "giou+focl", "did you mean 'focal'"),
-        ("yolo11n.yaml", "giou+dice", "YOLO has no use for 'dice'"),
+        ("yolo11n.yaml", "giou+dice", "write 'giou; mask: dice'"),
+        ("yolo11n.yaml", "giou+ce", "YOLO has no use for 'ce'; .* write 'bce'"),
         ("yolo11n.yaml", "giou+ghm", "'ghm' is a mean by nature"),
         ("yolo11n.yaml", "giou+focal(reduction='sum')", "itself decides 'reduction'"),
         ("yolo11n.yaml", "giou+focal(class_weights=[1, 2])", "and the model 5 classes"),
