@@ -7,11 +7,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import BLOCK, Loss, divide, in_blocks, register
+from .checks import checked
 from .layout import check_constant
 from .regions import RegionOptions, region_batch, regions
 from .statistics import weighted_counts
 
 
+@checked()
 def boundary_loss(
     logits: Tensor,
     target: Tensor | None = None,

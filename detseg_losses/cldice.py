@@ -9,11 +9,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import WHOLE, Loss, divide, register
+from .checks import checked
 from .layout import Part
 from .regions import RegionOptions, pool, region_batch, regions
 from .statistics import measure
 
 
+@checked()
 def cldice_loss(
     logits: Tensor,
     target: Tensor | None = None,
@@ -45,8 +47,6 @@ def cldice_loss(
         ValueError: on iterations below 0, shapes that do not fit, a mode that cannot be told, or a
             label out of range.
     """
-    if iterations < 0:
-        raise ValueError(f"iterations must not be negative: {iterations}")
     batch = region_batch(logits, target, options)
     batch.target = batch.masks()
     part = Part(WHOLE, batch.logits, batch.target, batch.weight)

@@ -13,12 +13,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import WHOLE, Loss, divide, processes, register
+from .checks import checked
 from .layout import Batch, Part
 from .pointwise import Formula, Label, Sigmoid, pointwise
 from .regions import RegionOptions, region_batch, regions
 from .statistics import measure, weighted_counts
 
 
+@checked()
 def lovasz_loss(
     logits: Tensor,
     target: Tensor | None = None,

@@ -6,29 +6,18 @@ batch or of each image, and nothing of softmax, masks or ignored pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import (
-    Loss,
-    Reduction,
-    check_choice,
-    check_not_negative,
-    divide,
-    mean_of_sums,
-    register,
-    world_sum,
-)
-from .layout import Batch, Mode, segmentation_batch
+from .base import Loss, divide, mean_of_sums, register, world_sum
+from .checks import POSITIVE, Absent, Mode, checked
+from .layout import Batch, segmentation_batch
 from .statistics import Need, Statistics, statistics
-
-Absent = Literal["skip", "penalise"]
 
 
 class RegionOptions(TypedDict, total=False):
@@ -60,6 +49,7 @@ class RegionOptions(TypedDict, total=False):
     pixel_weight: Tensor | None
 
 
+@checked()
 def dice_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -87,6 +77,7 @@ def dice_loss(
     return r.reduce(1 - r.dice(smooth))
 
 
+@checked()
 def jaccard_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -111,6 +102,7 @@ def jaccard_loss(
     return r.reduce(1 - r.tversky(1, 1, smooth))
 
 
+@checked()
 def tversky_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -139,6 +131,7 @@ def tversky_loss(
     return r.reduce(1 - r.tversky(alpha, beta, smooth))
 
 
+@checked(gamma=POSITIVE)
 def focal_tversky_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -167,8 +160,6 @@ def focal_tversky_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    if gamma <= 0:
-        raise ValueError(f"gamma must be positive: {gamma}")
     r = regions(logits, target, **options)
     loss = 1 - r.tversky(alpha, beta, smooth)
     # The slope at 0 is infinite for gamma < 1: a perfect class costs 0 and has no gradient.
@@ -176,6 +167,7 @@ def focal_tversky_loss(
     return r.reduce(torch.where(loss > tiny, loss.clamp(min=tiny).pow(gamma), 0))
 
 
+@checked()
 def squared_dice_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -204,6 +196,7 @@ def squared_dice_loss(
     return r.reduce(1 - divide(2 * r.tp + smooth, r.squares + smooth))
 
 
+@checked()
 def generalised_dice_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -241,6 +234,7 @@ def generalised_dice_loss(
     return r.reduce(loss)
 
 
+@checked()
 def log_cosh_dice_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -269,6 +263,7 @@ def log_cosh_dice_loss(
     return r.reduce(torch.log1p(2 * ((1 - r.dice(smooth)) / 2).sinh().square()))
 
 
+@checked(beta=POSITIVE)
 def f1_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -296,13 +291,12 @@ def f1_loss(
         ValueError: on a beta that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
     """
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive: {beta}")
     r = regions(logits, target, **options)
     miss = beta**2 / (1 + beta**2)
     return r.reduce(1 - r.tversky(1 - miss, miss, smooth / (1 + beta**2)))
 
 
+@checked(smooth=POSITIVE)
 def mcc_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -330,8 +324,6 @@ def mcc_loss(
         ValueError: on a smooth that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
     """
-    if not 0 < smooth < math.inf:
-        raise ValueError(f"smooth must be positive: {smooth}")
     r = regions(logits, target, **options)
     counts = (r.tp, r.fp, r.fn, r.valid - r.true - r.fp)
     tp, fp, fn, tn = (count.clamp(min=0) + smooth for count in counts)  # rounding
@@ -365,12 +357,10 @@ class Regions:
 
     def dice(self, smooth: float) -> Tensor:
         """The Dice coefficient."""
-        check_not_negative("smooth", smooth)
         return divide(2 * self.tp + smooth, self.pred + self.true + smooth)
 
     def tversky(self, alpha: float, beta: float, smooth: float) -> Tensor:
         """The Tversky index."""
-        check_not_negative("smooth", smooth)
         return divide(self.tp + smooth, self.tp + alpha * self.fp + beta * self.fn + smooth)
 
     def reduce(self, loss: Tensor) -> Tensor:
@@ -408,8 +398,6 @@ def regions(
     pixel_weight: Tensor | None = None,
 ) -> Regions:
     """Count, or take the counts that are there, and pool them as asked."""
-    check_choice("absent", absent, Absent)
-    check_choice("reduction", reduction, Reduction)
     s = statistics(
         logits,
         target,
@@ -433,8 +421,6 @@ def pool(counts: Tensor, *, per_image: bool = False, sync: bool = False, **_: An
 
 def region_batch(logits: Tensor, target: Tensor | None, options: RegionOptions) -> Batch:
     """The batch of a loss that counts for itself and leaves the rest to :func:`regions`."""
-    if target is None:
-        raise TypeError("the target is missing")
     known = ("mode", "ignore_index", "pixel_weight", "validate")
     given: Any = {key: value for key, value in options.items() if key in known}
     return segmentation_batch(logits, target, **given)

@@ -103,8 +103,6 @@ def statistics(
     """
     if isinstance(logits, Statistics):
         return logits
-    if target is None:
-        raise TypeError("the target is missing")
     batch = segmentation_batch(
         logits,
         target,

@@ -154,7 +154,7 @@ def test_rounded_targets() -> None:
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = sample("multiclass")
     y[..., 0] = 0
-    with pytest.raises(ValueError, match="target holds 7,"):
+    with pytest.raises(ValueError, match="is label 7,"):
         lovasz_loss(x, y + 7)
     with pytest.raises(ValueError, match="absent must be one of"):
         lovasz_loss(x, y, absent="no")

@@ -421,11 +421,11 @@ def test_errors() -> None:
         dice_loss(x, y, mode="multilabel")
     with pytest.raises(ValueError, match="pixel_weight requires grad"):
         dice_loss(x, y, pixel_weight=torch.ones(2, 4, requires_grad=True))
-    with pytest.raises(ValueError, match="beta must be positive: 0"):
+    with pytest.raises(ValueError, match="beta must be positive and finite: 0"):
         f1_loss(x, y, beta=0)
-    with pytest.raises(ValueError, match="smooth must be positive: 0"):
+    with pytest.raises(ValueError, match="smooth must be positive and finite: 0"):
         mcc_loss(x, y, smooth=0)
-    with pytest.raises(ValueError, match="target holds 7,"):
+    with pytest.raises(ValueError, match="is label 7,"):
         dice_loss(x, y + 7)
 
 
