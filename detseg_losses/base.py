@@ -327,6 +327,23 @@ def world_sum(values: Tensor, sync: bool) -> Tensor:
     return values if processes(sync) == 1 else _AllReduce.apply(values)
 
 
+def gather(values: Tensor, sync: bool) -> tuple[list[Tensor], int]:
+    """Values ``(*, N)`` of all processes where ``sync`` asks for it, and which are those of this
+    one. N may differ; nothing else may. They are constants, for no gradient flows through them.
+    """
+    count = processes(sync)
+    if count == 1:
+        return [values], 0
+    lengths = [torch.tensor(0, device=values.device) for _ in range(count)]
+    dist.all_gather(lengths, torch.tensor(values.shape[-1], device=values.device))
+    ends = [int(length) for length in lengths]
+    padded = values.new_zeros(*values.shape[:-1], max(ends))  # which is what backends can gather
+    padded[..., : values.shape[-1]] = values
+    found = [torch.empty_like(padded) for _ in range(count)]
+    dist.all_gather(found, padded)
+    return [each[..., :end] for each, end in zip(found, ends, strict=True)], dist.get_rank()
+
+
 class _AllReduce(torch.autograd.Function):
     """A sum over the processes, of which each one's result depends on every one's input."""
 

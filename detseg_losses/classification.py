@@ -22,6 +22,7 @@ from .base import (
     blocks,
     divide,
     mean_of_sums,
+    processes,
     register,
     world_sum,
 )
@@ -39,7 +40,8 @@ class ClassificationOptions(TypedDict, total=False):
         ignore_index: label that is left out of sums and means; -2 by default among class indices.
         class_weights: weight of each class, ``(K,)``; a mean is the weighted one.
         per_image: average each image, then the images.
-        sync: the mean over all processes.
+        sync: the batch is that of all processes: scaled so that the average of their gradients is
+            that of one process.
         validate: check the labels also where that makes the device wait.
         weight: weight of each row or entry, broadcast to ``(*)`` or ``(*, K)``; with a ``mode`` of
             each pixel, ``(B, *)``, or entry, ``(B, C, *)``. A mean is the weighted one, and a
@@ -557,7 +559,7 @@ def _sigmoid_loss(
         (sums,) = pointwise(batch, [formula], per_class=class_weights is not None)
     sums = (sums * each).sum(-1)
     if reduction == "sum":
-        return sums.sum()
+        return sums.sum() * processes(sync)
     return mean_of_sums(sums, (batch.valid() * each).sum(-1), per_image=per_image, sync=sync)
 
 

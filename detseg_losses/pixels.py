@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, as_weights, mean_of_sums, register
+from .base import Loss, as_weights, gather, mean_of_sums, processes, register
 from .checks import FACTORS, Mode, checked
 from .layout import Batch
 from .statistics import Need, Statistics, statistics
@@ -29,7 +29,8 @@ class PixelOptions(TypedDict, total=False):
             one, as in ``torch.nn.functional.cross_entropy``.
         per_image: average each image, then the images.
         reduction: ``"mean"``, ``"sum"``, or ``"none"``: ``(B, *)``.
-        sync: the mean over all processes.
+        sync: the batch is that of all processes: scaled so that the average of their gradients is
+            that of one process.
         validate: check the labels also where that makes the device wait.
         pixel_weight: weight of each pixel, ``(B, *)``; a mean is the weighted one, and a weight of
             0 leaves the pixel out.
@@ -189,7 +190,7 @@ def ohem_cross_entropy_loss(
 
     where :math:`p_{(k)}` is the k-th smallest :math:`p_t` of the batch (with ``per_image`` of the
     image), k being the ``fraction`` of all its pixels. Those left out come last and never count.
-    Each process chooses from its own batch.
+    With ``sync`` the batch is that of all processes.
 
     Args:
         logits: raw scores, ``(B, C, *)`` or ``(N, C)``.
@@ -317,7 +318,8 @@ class Pixels:
         nll = self.nll.detach()
         if weight is not None:
             nll = nll.masked_fill(weight.squeeze(1) == 0, -1)
-        rows = nll if self.per_image else nll.reshape(1, -1)
+        parts = [nll] if self.per_image else gather(nll.reshape(1, -1), self.sync)[0]
+        rows = torch.cat(parts, 1)
         if not rows.shape[1]:
             return torch.ones_like(nll, dtype=torch.bool)
         # A number known without a look at the pixels, for which a device would have to wait.
@@ -340,7 +342,7 @@ class Pixels:
         if self.reduction == "none":
             return self.batch.pixels(loss)
         if self.reduction == "sum":
-            return loss.sum()
+            return loss.sum() * processes(self.sync)
         weights = [each for each in (self.class_weight, weight) if each is not None]
         if weights:
             counts = functools.reduce(operator.mul, weights).sum(-1, dtype=loss.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, divide, mean_of_sums, register, world_sum
+from .base import Loss, divide, mean_of_sums, processes, register, world_sum
 from .checks import POSITIVE, Absent, Mode, checked
 from .layout import Batch, segmentation_batch
 from .statistics import Need, Statistics, statistics
@@ -377,7 +377,7 @@ class Regions:
             return loss * weights
         total = (loss * weights).sum(-1)
         if self.reduction == "sum":
-            return total.sum()
+            return total.sum() * (processes(self.sync) if self.per_image else 1)
         if self.per_image:
             return mean_of_sums(total, weights.sum(-1), per_image=True, sync=self.sync)
         return divide(total, weights.sum(-1))
