@@ -395,7 +395,9 @@ def _remedy_of_value(value: Any, found: Tensor) -> str:
         return "if 255 marks pixels that are to be ignored, pass ignore_index=255"
     if bool((outside > 2).any()) and found.max() <= 255:
         return DIVIDE
-    return "is it one of several classes? These need a channel each" if value > 1 else "mend it"
+    if value > 1 and value % 1 == 0:
+        return "if it is one of several classes, each needs a channel"
+    return "clamp it to that, if resizing made it"
 
 
 def _looked_at(tensor: Tensor, validate: bool) -> bool:
@@ -415,4 +417,5 @@ def _first(tensor: Tensor, wrong: Tensor) -> tuple[str, Any]:
     """The index of the first value that is wrong, and the value."""
     index = wrong.nonzero()[0].tolist()
     value = tensor[tuple(index)].item()
+    value = float(f"{value:.6g}") if isinstance(value, float) else value
     return ", ".join(map(str, index)), value
