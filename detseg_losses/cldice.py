@@ -67,7 +67,8 @@ def cldice_loss(
 def skeleton(mask: Tensor, iterations: int) -> Tensor:
     """The soft skeleton of masks ``(B, C, *)`` with values in [0, 1]."""
     result = _lost(mask)
-    for _ in range(iterations):
+    # After as many steps as the image has, from corner to corner, nothing is left to erode.
+    for _ in range(min(iterations, sum(mask.shape[2:]))):
         mask = _eroded(mask)
         lost = _lost(mask)
         result = result + lost - result * lost
