@@ -507,8 +507,8 @@ class _SoftmaxBlock(Part):
         p = self.p
         if self.y is not None:
             hit = p * self.y
-            missed = self.weighted(self.y) - hit
-            return torch.stack([each.sum(-1) for each in (hit, p.sub_(hit), missed)])
+            tp, fp = hit.sum(-1), p.sub_(hit).sum(-1)
+            return torch.stack((tp, fp, hit.neg_().add_(self.weighted(self.y)).sum(-1)))
         of_label = self.e.gather(1, self.index)
         each = torch.cat((of_label, self.z - of_label), 1) * self.share
         sums = _class_sums(each, self.labels, self.e.shape[1])
