@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import (
-    Loss,
-    Reduction,
-    as_weights,
-    check_choice,
-    check_not_negative,
-    mean_of_sums,
-    register,
-)
-from .layout import Batch, Mode
+from .base import Loss, as_weights, gather, mean_of_sums, processes, register
+from .checks import FACTORS, Mode, checked
+from .layout import Batch
 from .statistics import Need, Statistics, statistics
 
 
@@ -36,7 +29,8 @@ class PixelOptions(TypedDict, total=False):
             one, as in ``torch.nn.functional.cross_entropy``.
         per_image: average each image, then the images.
         reduction: ``"mean"``, ``"sum"``, or ``"none"``: ``(B, *)``.
-        sync: the mean over all processes.
+        sync: the batch is that of all processes: scaled so that the average of their gradients is
+            that of one process.
         validate: check the labels also where that makes the device wait.
         pixel_weight: weight of each pixel, ``(B, *)``; a mean is the weighted one, and a weight of
             0 leaves the pixel out.
@@ -52,6 +46,7 @@ class PixelOptions(TypedDict, total=False):
     pixel_weight: Tensor | None
 
 
+@checked()
 def cross_entropy_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -73,8 +68,6 @@ def cross_entropy_loss(
         ValueError: on a single channel (use ``bce``), shapes that do not fit, a mode that cannot
             be told, or a label out of range.
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1]: {label_smoothing}")
     s = pixels(logits, target, ["nll", "smooth"] if label_smoothing else ["nll"], **options)
     loss = s.weighted(s.nll)
     if label_smoothing:
@@ -82,6 +75,7 @@ def cross_entropy_loss(
     return s.reduce(loss)
 
 
+@checked(alpha=FACTORS)
 def softmax_focal_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -112,11 +106,11 @@ def softmax_focal_loss(
     s = pixels(logits, target, ["nll"], **options)
     loss = s.of_labels("softmax_focal", Focal(gamma))
     if isinstance(alpha, (int, float)):
-        check_not_negative("alpha", alpha)
         return s.reduce(s.weighted(loss * alpha))
     return s.reduce(s.weighted(loss, as_weights(alpha)))
 
 
+@checked()
 def poly_cross_entropy_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -141,12 +135,11 @@ def poly_cross_entropy_loss(
         ValueError: on an epsilon below -1 (the loss would reward mistakes), a single channel, a
             target that is not class indices, shapes that do not fit, or a label out of range.
     """
-    if not -1 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must not be below -1 or infinite: {epsilon}")
     s = pixels(logits, target, ["nll"], **options)
     return s.reduce(s.weighted(s.of_labels("poly", Mixture(1.0, epsilon))))
 
 
+@checked()
 def symmetric_cross_entropy_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -175,12 +168,11 @@ def symmetric_cross_entropy_loss(
         ValueError: on a negative weight, a single channel, a target that is not class indices,
             shapes that do not fit, or a label out of range.
     """
-    check_not_negative("alpha", alpha)
-    check_not_negative("beta", beta)
     s = pixels(logits, target, ["nll"], **options)
     return s.reduce(s.weighted(s.of_labels("symmetric_ce", Mixture(alpha, 4 * beta))))
 
 
+@checked()
 def ohem_cross_entropy_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -198,7 +190,7 @@ def ohem_cross_entropy_loss(
 
     where :math:`p_{(k)}` is the k-th smallest :math:`p_t` of the batch (with ``per_image`` of the
     image), k being the ``fraction`` of all its pixels. Those left out come last and never count.
-    Each process chooses from its own batch.
+    With ``sync`` the batch is that of all processes.
 
     Args:
         logits: raw scores, ``(B, C, *)`` or ``(N, C)``.
@@ -214,9 +206,6 @@ def ohem_cross_entropy_loss(
         ValueError: on a fraction or threshold outside of (0, 1], a single channel (use ``bce``),
             shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    for name, value in (("fraction", fraction), ("thresh", thresh)):
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{name} must be in (0, 1]: {value}")
     s = pixels(logits, target, ["nll"], **options)
     return s.reduce(s.weighted(s.nll), s.hardest(fraction, thresh))
 
@@ -235,9 +224,6 @@ class LikelihoodFormula:
 @dataclass(frozen=True)
 class Focal(LikelihoodFormula):
     gamma: float
-
-    def __post_init__(self) -> None:
-        check_not_negative("gamma", self.gamma)
 
     def value(self, n: Tensor) -> Tensor:
         return missed(n).pow(self.gamma) * n
@@ -332,7 +318,8 @@ class Pixels:
         nll = self.nll.detach()
         if weight is not None:
             nll = nll.masked_fill(weight.squeeze(1) == 0, -1)
-        rows = nll if self.per_image else nll.reshape(1, -1)
+        parts = [nll] if self.per_image else gather(nll.reshape(1, -1), self.sync)[0]
+        rows = torch.cat(parts, 1)
         if not rows.shape[1]:
             return torch.ones_like(nll, dtype=torch.bool)
         # A number known without a look at the pixels, for which a device would have to wait.
@@ -355,7 +342,7 @@ class Pixels:
         if self.reduction == "none":
             return self.batch.pixels(loss)
         if self.reduction == "sum":
-            return loss.sum()
+            return loss.sum() * processes(self.sync)
         weights = [each for each in (self.class_weight, weight) if each is not None]
         if weights:
             counts = functools.reduce(operator.mul, weights).sum(-1, dtype=loss.dtype)
@@ -379,7 +366,6 @@ def pixels(
     pixel_weight: Tensor | None = None,
 ) -> Pixels:
     """Compute the maps, or take those that are there."""
-    check_choice("reduction", reduction, Reduction)
     s = statistics(
         logits,
         target,

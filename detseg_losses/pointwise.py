@@ -144,11 +144,11 @@ class Formula:
     Two formulas with the same fields are equal, so that losses can share what was computed.
 
     Attributes:
-        level_and_rise: numbers (a, b) where the slope is ``spread * (a + b * y)``, as it is of
+        spreads: numbers (a, b) where the slope is ``spread * (a * (1 - y) + b * y)``, as it is of
             counts; else None.
     """
 
-    level_and_rise: ClassVar[tuple[int, int] | None] = None
+    spreads: ClassVar[tuple[int, int] | None] = None
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         raise NotImplementedError
@@ -179,29 +179,47 @@ def column(weights: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Predicted(Formula):
-    """The probability itself: its sum is the soft count of what is predicted."""
-
-    level_and_rise = (1, 0)
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread
-
-
-@dataclass(frozen=True)
 class TruePositive(Formula):
     """The probability where the target says yes: its sum is the soft count of true positives."""
 
-    level_and_rise = (0, 1)
+    spreads = (0, 1)
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return s.p * y
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return s.spread * y
+
+
+@dataclass(frozen=True)
+class FalsePositive(Formula):
+    """The probability where the target says no."""
+
+    spreads = (1, 0)
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        if isinstance(y, Tensor):
+            return torch.addcmul(s.p, s.p, y, value=-1)
+        return torch.zeros_like(s.p) if y else s.p
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.spread * (1 - y)
+
+
+@dataclass(frozen=True)
+class FalseNegative(Formula):
+    """What the probability lacks where the target says yes."""
+
+    spreads = (0, -1)
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        if isinstance(y, Tensor):
+            # To compute q for this alone would take longer than all counts together.
+            return s.q * y if "q" in vars(s) else torch.addcmul(y, s.p, y, value=-1)
+        return s.q if y else torch.zeros_like(s.x)
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.spread * -y
 
 
 @dataclass(frozen=True)
@@ -222,11 +240,11 @@ class Mirrored(Formula):
     formula: Formula
 
     @property
-    def level_and_rise(self) -> tuple[int, int] | None:  # type: ignore[override]
-        if self.formula.level_and_rise is None:
+    def spreads(self) -> tuple[int, int] | None:  # type: ignore[override]
+        if self.formula.spreads is None:
             return None
-        level, rise = self.formula.level_and_rise
-        return -level - rise, rise
+        negative, positive = self.formula.spreads
+        return -positive, -negative
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return self.formula.value(s.mirrored, 1 - y)
@@ -436,14 +454,14 @@ class _SigmoidBlock(Part):
         counts = []
         slopes = []
         for formula, factor in pairs:
-            if formula.level_and_rise is not None and isinstance(self.label, Tensor):
-                counts.append([number * factor for number in formula.level_and_rise])
+            if formula.spreads is not None and isinstance(self.label, Tensor):
+                counts.append([number * factor for number in formula.spreads])
             else:
                 slopes.append((self.evaluate(formula, "slope")[0], factor))
         if counts:  # one slope for all
-            level, rise = (reduce(add, each) for each in zip(*counts, strict=True))
-            # addcmul would be slow with two factors that are broadcast
-            slopes.append(((self.label * rise).add_(level), self.s.spread))
+            # No sum of the two: that of a few pixels may be a million times the other.
+            negative, positive = (reduce(add, each) for each in zip(*counts, strict=True))
+            slopes.append((torch.lerp(negative, positive, self.label), self.s.spread))
         (slope, factor), *others = slopes
         total = slope * factor
         for slope, factor in others:

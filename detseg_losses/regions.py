@@ -6,29 +6,18 @@ batch or of each image, and nothing of softmax, masks or ignored pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import (
-    Loss,
-    Reduction,
-    check_choice,
-    check_not_negative,
-    divide,
-    mean_of_sums,
-    register,
-    world_sum,
-)
-from .layout import Batch, Mode, segmentation_batch
+from .base import Loss, divide, mean_of_sums, processes, register, world_sum
+from .checks import POSITIVE, Absent, Mode, checked
+from .layout import Batch, segmentation_batch
 from .statistics import Need, Statistics, statistics
-
-Absent = Literal["skip", "penalise"]
 
 
 class RegionOptions(TypedDict, total=False):
@@ -60,6 +49,7 @@ class RegionOptions(TypedDict, total=False):
     pixel_weight: Tensor | None
 
 
+@checked()
 def dice_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -84,9 +74,10 @@ def dice_loss(
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
     r = regions(logits, target, **options)
-    return r.reduce(1 - r.dice(smooth))
+    return r.reduce(r.dice(smooth))
 
 
+@checked()
 def jaccard_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -108,9 +99,10 @@ def jaccard_loss(
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
     r = regions(logits, target, **options)
-    return r.reduce(1 - r.tversky(1, 1, smooth))
+    return r.reduce(r.tversky(1, 1, smooth))
 
 
+@checked()
 def tversky_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -136,9 +128,10 @@ def tversky_loss(
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
     r = regions(logits, target, **options)
-    return r.reduce(1 - r.tversky(alpha, beta, smooth))
+    return r.reduce(r.tversky(alpha, beta, smooth))
 
 
+@checked(gamma=POSITIVE)
 def focal_tversky_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -167,15 +160,14 @@ def focal_tversky_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    if gamma <= 0:
-        raise ValueError(f"gamma must be positive: {gamma}")
     r = regions(logits, target, **options)
-    loss = 1 - r.tversky(alpha, beta, smooth)
+    loss = r.tversky(alpha, beta, smooth)
     # The slope at 0 is infinite for gamma < 1: a perfect class costs 0 and has no gradient.
     tiny = torch.finfo(loss.dtype).eps
     return r.reduce(torch.where(loss > tiny, loss.clamp(min=tiny).pow(gamma), 0))
 
 
+@checked()
 def squared_dice_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -204,6 +196,7 @@ def squared_dice_loss(
     return r.reduce(1 - divide(2 * r.tp + smooth, r.squares + smooth))
 
 
+@checked()
 def generalised_dice_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -234,13 +227,14 @@ def generalised_dice_loss(
     if r.class_weights is not None:
         weights = weights * r.class_weights
     hits = (weights * r.tp).sum(-1, keepdim=True)
-    area = (weights * (r.pred + r.true)).sum(-1, keepdim=True)
-    loss = (1 - divide(2 * hits, area)).expand_as(r.tp)
+    misses = (weights * (r.fp + r.fn)).sum(-1, keepdim=True)
+    loss = _Share.apply(misses, 2 * hits).expand_as(r.tp)
     if r.class_weights is not None:  # of the classes that are there they are in it already
         r = replace(r, class_weights=torch.where(r.true > 0, 1, r.class_weights))
     return r.reduce(loss)
 
 
+@checked()
 def log_cosh_dice_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -266,9 +260,10 @@ def log_cosh_dice_loss(
     """
     r = regions(logits, target, **options)
     # cosh d = 1 + 2 sinh(d / 2)^2, without rounding to 1 where d is small
-    return r.reduce(torch.log1p(2 * ((1 - r.dice(smooth)) / 2).sinh().square()))
+    return r.reduce(torch.log1p(2 * (r.dice(smooth) / 2).sinh().square()))
 
 
+@checked(beta=POSITIVE)
 def f1_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -296,13 +291,12 @@ def f1_loss(
         ValueError: on a beta that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
     """
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive: {beta}")
     r = regions(logits, target, **options)
     miss = beta**2 / (1 + beta**2)
-    return r.reduce(1 - r.tversky(1 - miss, miss, smooth / (1 + beta**2)))
+    return r.reduce(r.tversky(1 - miss, miss, smooth / (1 + beta**2)))
 
 
+@checked(smooth=POSITIVE)
 def mcc_loss(
     logits: Tensor | Statistics,
     target: Tensor | None = None,
@@ -330,10 +324,8 @@ def mcc_loss(
         ValueError: on a smooth that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
     """
-    if not 0 < smooth < math.inf:
-        raise ValueError(f"smooth must be positive: {smooth}")
-    r = regions(logits, target, **options)
-    counts = (r.tp, r.fp, r.fn, r.valid - r.true - r.fp)
+    r = regions(logits, target, "negatives", **options)
+    counts = (r.tp, r.fp, r.fn, r.negatives - r.fp)
     tp, fp, fn, tn = (count.clamp(min=0) + smooth for count in counts)  # rounding
     scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()
     return r.reduce(1 - (tp * tn - fp * fn) / scale)
@@ -344,6 +336,8 @@ class Regions:
     """Soft counts of each class, ``(C,)`` of the batch or ``(B, C)`` of each image."""
 
     tp: Tensor
+    fp: Tensor
+    fn: Tensor
     pred: Tensor
     true: Tensor
     valid: Tensor
@@ -354,28 +348,21 @@ class Regions:
     sync: bool
     squares: Tensor
     """``sum p^2 + sum y^2``, where asked for."""
-
-    @property
-    def fp(self) -> Tensor:
-        return self.pred - self.tp
-
-    @property
-    def fn(self) -> Tensor:
-        return self.true - self.tp
+    negatives: Tensor
+    """``sum (1 - y)``, where asked for."""
 
     def dice(self, smooth: float) -> Tensor:
-        """The Dice coefficient."""
-        check_not_negative("smooth", smooth)
-        return divide(2 * self.tp + smooth, self.pred + self.true + smooth)
+        """One minus the Dice coefficient, without the subtraction."""
+        return self.tversky(0.5, 0.5, smooth / 2)
 
     def tversky(self, alpha: float, beta: float, smooth: float) -> Tensor:
-        """The Tversky index."""
-        check_not_negative("smooth", smooth)
-        return divide(self.tp + smooth, self.tp + alpha * self.fp + beta * self.fn + smooth)
+        """One minus the Tversky index, without the subtraction."""
+        misses = alpha * self.fp + beta * self.fn
+        return _Share.apply(misses, self.tp + smooth)
 
     def reduce(self, loss: Tensor) -> Tensor:
         """The losses of the classes as the options ask: absent classes, weights, reduction."""
-        present = self.true > 0
+        present = ~(self.true <= 0)  # also where it is NaN, which must show
         weights = present.to(loss.dtype)
         loss = torch.where(present, loss, 0)
         if self.absent == "penalise":
@@ -387,10 +374,28 @@ class Regions:
             return loss * weights
         total = (loss * weights).sum(-1)
         if self.reduction == "sum":
-            return total.sum()
+            return total.sum() * (processes(self.sync) if self.per_image else 1)
         if self.per_image:
             return mean_of_sums(total, weights.sum(-1), per_image=True, sync=self.sync)
         return divide(total, weights.sum(-1))
+
+
+class _Share(torch.autograd.Function):
+    """``part / (part + rest)``, 0 of nothing, with slopes that do not cancel where it is near 1."""
+
+    @staticmethod
+    def forward(part: Tensor, rest: Tensor) -> Tensor:
+        return divide(part, part + rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        part, rest = ctx.saved_tensors
+        slope = divide(grad, part + rest)
+        return slope * divide(rest, part + rest), -slope * divide(part, part + rest)
 
 
 def regions(
@@ -408,8 +413,6 @@ def regions(
     pixel_weight: Tensor | None = None,
 ) -> Regions:
     """Count, or take the counts that are there, and pool them as asked."""
-    check_choice("absent", absent, Absent)
-    check_choice("reduction", reduction, Reduction)
     s = statistics(
         logits,
         target,
@@ -419,11 +422,26 @@ def regions(
         pixel_weight=pixel_weight,
         validate=validate,
     )
-    squares = s.pred_sq + s.true_sq if "squares" in more else torch.zeros_like(s.true)
-    counts = torch.stack((s.tp, s.pred, s.true, s.batch.valid(), squares))
-    tp, pred, true, valid, squares = pool(counts, per_image=per_image, sync=sync).unbind()
-    weights = s.batch.per_class(class_weights)
-    return Regions(tp, pred, true, valid, weights, per_image, absent, reduction, sync, squares)
+    counts = [s.tp, s.fp, s.fn, s.pred, s.true, s.batch.valid()]
+    counts.append(s.pred_sq + s.true_sq if "squares" in more else torch.zeros_like(s.true))
+    counts.append(s.negatives() if "negatives" in more else torch.zeros_like(s.true))
+    pooled = pool(torch.stack(counts), per_image=per_image, sync=sync).unbind()
+    tp, fp, fn, pred, true, valid, squares, negatives = pooled
+    return Regions(
+        tp,
+        fp,
+        fn,
+        pred,
+        true,
+        valid,
+        s.batch.per_class(class_weights),
+        per_image,
+        absent,
+        reduction,
+        sync,
+        squares,
+        negatives,
+    )
 
 
 def pool(counts: Tensor, *, per_image: bool = False, sync: bool = False, **_: Any) -> Tensor:
@@ -433,8 +451,6 @@ def pool(counts: Tensor, *, per_image: bool = False, sync: bool = False, **_: An
 
 def region_batch(logits: Tensor, target: Tensor | None, options: RegionOptions) -> Batch:
     """The batch of a loss that counts for itself and leaves the rest to :func:`regions`."""
-    if target is None:
-        raise TypeError("the target is missing")
     known = ("mode", "ignore_index", "pixel_weight", "validate")
     given: Any = {key: value for key, value in options.items() if key in known}
     return segmentation_batch(logits, target, **given)

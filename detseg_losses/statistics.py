@@ -20,10 +20,11 @@ from .base import WHOLE, Block, blocks, compute_dtype, exp_, has_graph, in_block
 from .layout import Batch, Mode, Part, segmentation_batch
 from .memory import empty_like
 from .pointwise import (
+    FalseNegative,
+    FalsePositive,
     Formula,
     Label,
     Mirrored,
-    Predicted,
     Sigmoid,
     Squared,
     TruePositive,
@@ -31,7 +32,7 @@ from .pointwise import (
     spend,
 )
 
-Need = Literal["regions", "squares", "nll", "smooth"] | Formula
+Need = Literal["regions", "squares", "negatives", "nll", "smooth"] | Formula
 """What a loss asks of the engine: region counts, one of the maps, or the sums of a formula."""
 
 
@@ -44,6 +45,9 @@ class Statistics:
     Attributes:
         batch: the batch that they are of.
         tp: soft true positives ``sum p * y``, ``(B, C)``.
+        fp: soft false positives ``sum p * (1 - y)``, ``(B, C)``. No differences of sums, which
+            would lose the digits of a class that covers nearly everything.
+        fn: soft false negatives ``sum (1 - p) * y``, ``(B, C)``.
         pred: soft count of what is predicted, ``sum p``, ``(B, C)``.
         true: count of what is there, ``sum y``, ``(B, C)``.
         pred_sq: ``sum p^2``, ``(B, C)``.
@@ -56,6 +60,8 @@ class Statistics:
 
     batch: Batch
     tp: Tensor = field(init=False)
+    fp: Tensor = field(init=False)
+    fn: Tensor = field(init=False)
     pred: Tensor = field(init=False)
     true: Tensor = field(init=False)
     pred_sq: Tensor = field(init=False)
@@ -64,6 +70,21 @@ class Statistics:
     smooth: Tensor = field(init=False)
     sums: dict[Formula, Tensor] = field(default_factory=dict)
 
+    def count(self, tp: Tensor, fp: Tensor, fn: Tensor) -> None:
+        """Hold the region counts, and those that are sums of them."""
+        self.tp, self.fp, self.fn = tp, fp, fn
+        self.pred, self.true = tp + fp, (tp + fn).detach()
+
+    def negatives(self) -> Tensor:
+        """The count of what is not there, ``sum (1 - y)``, ``(B, C)``; it does not subtract."""
+        batch = self.batch
+        if batch.dense:
+            rest = 1 - batch.target.to(batch.dtype)
+            return _count(rest, batch.weight, batch.logits.shape[1], batch.dtype)
+        return self.true @ (1 - torch.eye(self.true.shape[1]).to(self.true))
+
+
+OVERLAPS = [TruePositive(), FalsePositive(), FalseNegative()]
 
 LARGER = 2
 """How many times as large a block is here: much is done once a pixel, and threads share that only
@@ -103,8 +124,6 @@ def statistics(
     """
     if isinstance(logits, Statistics):
         return logits
-    if target is None:
-        raise TypeError("the target is missing")
     batch = segmentation_batch(
         logits,
         target,
@@ -140,13 +159,12 @@ def measure(
             "or a model with a channel for each class"
         )
     else:
-        formulas += [Predicted(), TruePositive()] if "regions" in needs else []
+        formulas += OVERLAPS if "regions" in needs else []
         formulas += [Squared()] if "squares" in needs else []
     if formulas:
         result.sums = dict(zip(formulas, pointwise(batch, formulas), strict=True))
     if "regions" in needs and not softmax:
-        result.pred, result.tp = result.sums[Predicted()], result.sums[TruePositive()]
-        result.true = _true(batch)
+        result.count(*(result.sums[formula] for formula in OVERLAPS))
     if "squares" in needs:
         result.true_sq = _true(batch, power=2)
         if not softmax:
@@ -176,21 +194,23 @@ def _measure_two(result: Statistics, needs: Sequence[Need], weights: Tensor | No
         labels = labels.gather(1, batch.labels())
     difference = _Difference.apply(batch.logits)
     one = replace(batch, logits=difference, target=labels.unsqueeze(1))
-    formulas: dict[str, Formula] = {}
+    formulas: list[Formula] = []
     if "regions" in needs:
-        formulas |= {"pred": Predicted(), "tp": TruePositive()}
-        result.true = _true(batch)
+        # The true positives of one are the true negatives of the other, and so on.
+        formulas += [Mirrored(TruePositive()), *OVERLAPS]
     if "squares" in needs:
-        formulas["pred_sq"] = Squared()
+        formulas += [Mirrored(Squared()), Squared()]
     maps: dict[str, Formula] = {}
     if "nll" in needs:
         maps["nll"] = OfLabel()
     if "smooth" in needs:
         maps["smooth"] = OfBoth(*(1, 1) if weights is None else weights.unbind())
-    both = [each for formula in formulas.values() for each in (Mirrored(formula), formula)]
-    found = iter(pointwise(one, both, list(maps.values())))
-    for name in formulas:
-        setattr(result, name, torch.cat((next(found), next(found)), 1))
+    found = iter(pointwise(one, formulas, list(maps.values())))
+    if "regions" in needs:
+        tn, tp, fp, fn = (next(found) for _ in range(4))
+        result.count(torch.cat((tn, tp), 1), torch.cat((fn, fp), 1), torch.cat((fp, fn), 1))
+    if "squares" in needs:
+        result.pred_sq = torch.cat((next(found), next(found)), 1)
     for name in maps:
         setattr(result, name, next(found).squeeze(1))
 
@@ -249,8 +269,10 @@ def _measure_classes(
         # Maps alone are kept by the formulas on them: not the exponentials as well.
         keep = keep and wants[2] and has_graph(batch.logits)
         tensors = batch.logits, batch.target, batch.weight, weights
-        result.nll, result.smooth, *counts, _ = _Softmax.apply(*tensors, wants, keep)
-        result.tp, result.pred, result.pred_sq, result.true = counts
+        found = _Softmax.apply(*tensors, wants, keep)
+        result.nll, result.smooth, tp, fp, fn, result.pred_sq, _ = found
+        if wants[2]:
+            result.count(tp, fp, fn)
 
 
 def weighted_counts(batch: Batch, factor: Tensor) -> Statistics:
@@ -281,23 +303,24 @@ def _count(y: Tensor, w: Tensor | None, classes: int, dtype: torch.dtype) -> Ten
         second = y.sum(-1)
         return torch.stack((y.shape[-1] - second, second), 1).to(dtype)
     counts = y.new_ones((), dtype=dtype).expand(y.shape) if w is None else w.squeeze(1).to(dtype)
-    return _class_sums(counts, y, classes)
+    return _class_sums(counts.unsqueeze(1), y, classes).squeeze(1)
 
 
 def _class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Sum values ``(B, P)`` by label: ``(B, C)``.
+    """Sum values ``(B, N, P)`` by label ``(B, P)``: ``(B, N, C)``.
 
     By way of bins of 1024 values: one long chain of float32 additions would lose digits.
     """
+    labels = labels.unsqueeze(1)
     if classes == 2:  # without a look-up, which takes longer than all else
         second = values * labels.to(values.dtype)
-        return torch.stack(((values - second).sum(-1), second.sum(-1)), 1)
-    images, places = labels.shape
+        return torch.stack(((values - second).sum(-1), second.sum(-1)), -1)
+    images, count, places = values.shape
     bins = places // 1024 + 1
     starts = torch.arange(0, bins * classes, classes, device=labels.device)
-    index = labels + starts.repeat_interleave(1024)[:places]
-    sums = values.new_zeros(images, bins * classes).scatter_add(1, index, values)
-    return sums.view(images, bins, classes).sum(1)
+    index = (labels + starts.repeat_interleave(1024)[:places]).expand(values.shape)
+    sums = values.new_zeros(images, count, bins * classes).scatter_add(2, index, values)
+    return sums.view(images, count, bins, classes).sum(2)
 
 
 def _interleaved(logits: Tensor) -> bool:
@@ -308,8 +331,8 @@ def _interleaved(logits: Tensor) -> bool:
 
 
 class _Softmax(torch.autograd.Function):
-    """nll and smooth ``(B, P)``, tp, pred, pred_sq and true ``(B, C)`` of logits ``(B, C, P)``,
-    where wanted; tp, pred and true go together.
+    """nll and smooth ``(B, P)``, tp, fp, fn and pred_sq ``(B, C)`` of logits ``(B, C, P)``, where
+    wanted; tp, fp and fn go together.
     """
 
     @staticmethod
@@ -337,32 +360,28 @@ class _Softmax(torch.autograd.Function):
                 nll = tile.store(block.nll(), nll, of_pixels, dtype)
             if wants[1]:
                 smooth = tile.store(block.smooth(), smooth, of_pixels, dtype)
-            if wants[2]:
-                counts[1, tile.part, tile.rows] = block.pred()
-                counts[3, tile.part, tile.rows] = block.true()
             if wants[3]:
-                counts[2, tile.part, tile.rows] = block.pred_sq()
+                counts[3, tile.part, tile.rows] = block.pred_sq()
             if wants[2]:  # the last, for it spends p
-                counts[0, tile.part, tile.rows] = block.tp()
+                counts[:3, tile.part, tile.rows] = block.overlaps()
             del block  # its temporaries are free when the next one asks for memory
-        tp, pred, pred_sq, true = counts.sum(1).unbind()
+        *overlaps, pred_sq = counts.sum(1).unbind()
         squares = pred_sq if wants[3] else None
-        if wants[2]:
-            return nll, smooth, tp, pred, squares, true, kept
-        return nll, smooth, None, None, squares, None, kept
+        return nll, smooth, *(overlaps if wants[2] else [None] * 3), squares, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *tensors, _, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        *_, true, ctx.kept = output
-        ctx.mark_non_differentiable(*(each for each in (true, ctx.kept) if each is not None))
+        ctx.kept = output[-1]
+        if ctx.kept is not None:
+            ctx.mark_non_differentiable(ctx.kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
-        maps, counts = grads[:2], grads[2:-2]
+        maps, counts = grads[:2], grads[2:-1]
         if all(grad is None for grad in (*maps, *counts)):
             return None, *nothing
         logits, target, weight, class_weights = ctx.saved_tensors
@@ -480,28 +499,29 @@ class _SoftmaxBlock(Part):
         """The weight of each class in ``smooth``, ``(C, 1)``."""
         return self.weights_of_classes(self.e.new_ones((self.e.shape[1], 1)))
 
-    def pred(self) -> Tensor:
-        return self.p.sum(-1)
-
-    def true(self) -> Tensor:
-        y = self.labels if self.y is None else self.y
-        return _count(y, self.w, self.e.shape[1], self.dtype)
-
     def pred_sq(self) -> Tensor:
         return (self.p * self.e / self.z).sum(-1)
 
-    def tp(self) -> Tensor:
+    def overlaps(self) -> Tensor:
+        """True positives, false positives and false negatives, ``(3, b, C)``."""
+        p = self.p
         if self.y is not None:
-            return spend(self.p, self.y).sum(-1)
-        hit = self.e.gather(1, self.index) * self.share  # as in pred, which can be all of it
-        return _class_sums(hit.squeeze(1), self.labels, self.e.shape[1])
+            hit = p * self.y
+            tp, fp = hit.sum(-1), p.sub_(hit).sum(-1)
+            return torch.stack((tp, fp, hit.neg_().add_(self.weighted(self.y)).sum(-1)))
+        of_label = self.e.gather(1, self.index)
+        each = torch.cat((of_label, self.z - of_label), 1) * self.share
+        sums = _class_sums(each, self.labels, self.e.shape[1])
+        others = p.scatter_(1, self.index, torch.zeros_like(of_label))
+        return torch.stack((sums[:, 0], others.sum(-1), sums[:, 1]))
 
     def gradient(
         self,
         nll: Tensor | None,
         smooth: Tensor | None,
         tp: Tensor | None,
-        pred: Tensor | None,
+        fp: Tensor | None,
+        fn: Tensor | None,
         pred_sq: Tensor | None,
     ) -> Tensor:
         r"""The gradient of the logits from those of the statistics.
@@ -510,22 +530,35 @@ class _SoftmaxBlock(Part):
         in the counts, and r and s collect :math:`-\sum_c p_c w G_c` and the gradients of the maps,
         which are linear in p.
         """
-        each = None if pred is None else pred.unsqueeze(-1)  # G
+        e = self.e
+        each: Tensor | None = None  # G
         rows = []  # r, one number a pixel
         at_label = []  # -s where c is the label
         weighted = []  # the gradients of maps, the weights of their classes, and the sum of those
-        if tp is not None and self.y is not None:
-            hits = tp.unsqueeze(-1)
-            # addcmul would be slow with two factors that are broadcast
-            each = hits * self.y if each is None else (hits * self.y).add_(each)
-        elif tp is not None:
-            hit = self.e.gather(1, self.index) * self.share * tp.gather(1, self.labels)[:, None]
-            rows.append(-hit)
-            at_label.append(hit)
+        of_label = its = None
+        given = [grad for grad in (tp, fp, fn) if grad is not None]
+        if given:
+            none = torch.zeros_like(given[0])
+            tp, fp, fn = (none if grad is None else grad for grad in (tp, fp, fn))
+            # Apart, for the gradient of false positives may be a million times that of the others.
+            each, right = fp.unsqueeze(-1), (tp - fn).unsqueeze(-1)
+            if self.y is not None:
+                each = torch.lerp(each, right, self.y)
+            else:
+                of_label = e.gather(1, self.index)
+                its = right.squeeze(-1).gather(1, self.labels).unsqueeze(1)
+                e = (e.clone() if has_graph(e) else e).scatter_(
+                    1, self.index, torch.zeros_like(of_label)
+                )
         if pred_sq is not None:
-            each = 2 * pred_sq.unsqueeze(-1) * self.e / self.z + (0 if each is None else each)
+            more = 2 * pred_sq.unsqueeze(-1) * self.e / self.z
+            each = more if each is None else each + more
         if each is not None:
-            rows.append(-(self.e * each).sum(1, keepdim=True) * self.share)
+            rows.append(-(e * each).sum(1, keepdim=True) * self.share)
+        if of_label is not None and its is not None:
+            if pred_sq is not None:
+                its = its + 2 * pred_sq.gather(1, self.labels).unsqueeze(1) * of_label / self.z
+            rows.append(-of_label * its * self.share)
         if nll is not None and self.y is not None:
             weighted.append((nll, self.target_weights, self.target_total))
         elif nll is not None:
@@ -538,7 +571,9 @@ class _SoftmaxBlock(Part):
         weighted = [(self.counted(g).unsqueeze(1), w, t) for g, w, t in weighted]
         rows += [grad if total is None else grad * total for grad, _, total in weighted]
         row = reduce(add, rows) / self.z
-        gradient = spend(self.e, row if each is None else torch.addcmul(row, each, self.share))
+        gradient = spend(e, row if each is None else torch.addcmul(row, each, self.share))
+        if of_label is not None and its is not None:
+            at_label.append(of_label * (row + its * self.share))
         for grad, weights, _ in weighted:
             gradient.addcmul_(grad, weights, value=-1)
         if at_label:

@@ -144,8 +144,7 @@ def test_repr_keeps_every_digit(weight: str) -> None:
         (f"{10**400}*ce", 1, "' is too large"),
         (f"dice(smooth={10**400})", 13, "' is too large"),
         (f"ce(ignore_index={2**63})", 17, "the number '9223372036854775808' is too large"),
-        ("ghm(bins=4000000000)", 1, "ghm: bins must be in [1, 10000]: 4000000000"),
-        ("cldice(iterations=1000000000)", 1, "cldice: iterations must be in [0, 1000]"),
+        ("ghm(bins=4000000000)", 1, "ghm: bins must be 1 or more, and no more than 65536"),
         ("ce(reduction='avg')", 1, "reduction must be one of"),
     ],
 )
@@ -347,7 +346,7 @@ def test_sums_pickle_and_deepcopy() -> None:
     [
         ("giou + focal(gamma=-1)", "column 8: focal: gamma must not be negative"),
         ("iou(mode='x')", "iou: mode must be one of"),
-        ("ce(label_smoothing='a')", "ce: .*str"),
+        ("ce(label_smoothing='a')", "ce: label_smoothing must be in"),
         ("dice(smooth=1, absent='never')", "dice: absent must be one of"),
         ("1e999*ce", "the number '1e999' is too large"),
     ],
