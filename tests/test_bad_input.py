@@ -262,7 +262,7 @@ def _cases() -> Iterator[Case]:
             yield from single(tool, f"--checkpoint={file}", words=[word])
         for kind in ODD_OPTIONS:
             train = tool.replace("eval", "train")
-            words = ["size" if kind == "bad_value" else f"{own}_{kind}"]
+            words = ["damaged checkpoint" if kind == "bad_value" else f"{own}_{kind}"]
             yield from single(tool, f"--checkpoint=@/{own}_{kind}/last.ckpt", words=words)
             if kind not in ("no_options", "bad_value"):
                 yield from single(train, "--resume", f"--output=@/{own}_{kind}", words=words)

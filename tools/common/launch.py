@@ -115,11 +115,6 @@ def _processes(
         return devices, world_size // devices, environment
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and SLURMEnvironment.detect():
         return _slurm()
-    if wanted != "auto" and int(wanted) < 1:
-        raise UsageError(f"train.devices={wanted}: take auto, or a number from 1")
-    cores = os.cpu_count() or 1
-    if wanted != "auto" and not torch.cuda.is_available() and int(wanted) > cores:
-        raise UsageError(f"train.devices={wanted}: there is no GPU here, and {cores} CPU cores")
     # In an allocation of SLURM of a single task the processes are our own.
     return wanted, 1, LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
 
