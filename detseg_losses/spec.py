@@ -98,7 +98,8 @@ def read_stages(
             continue  # after the last ";"
         if not colon:
             if number:
-                example = f"{stages[0]}: {part.strip()}"
+                free = next((stage for stage in stages if stage not in found), stages[0])
+                example = f"{free}: {part.strip()}"
                 raise _error(spec, start, f"expected a stage, as in {_short(example)}")
             names, losses = unnamed, part
         for name in names:

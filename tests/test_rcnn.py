@@ -356,7 +356,7 @@ def test_a_role_without_a_term_stays_and_says_so():
         ("rpn: giou+bce; rio: giou+ce", "column 16: FasterRCNN has no stage 'rio'; .*'roi'"),
         ("mask: bce", "column 1: FasterRCNN has no stage 'mask'; there are roi, rpn"),
         ("rpn: giou+bce; rpn: giou", "column 16: stage 'rpn' is given twice"),
-        ("rpn: giou+bce; giou+ce", "column 16: expected a stage, as in 'rpn: giou.ce'"),
+        ("rpn: giou+bce; giou+ce", "column 16: expected a stage, as in 'roi: giou.ce'"),
         ("rpn: ", "is empty; write for example 'giou . focal'"),
         ("rpn: giou+focl", "column 6.*did you mean 'focal'"),
         ("giou+ce", "stage 'rpn' of FasterRCNN has no use for 'ce'; .* write 'bce'"),
