@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+import eval_seg
 import train_det
 import train_seg
 from common import checkpoint as checkpoints
@@ -34,6 +35,7 @@ from detseg_losses.integrations.samples import DataError, Fault
 
 TOOLS = Path(train_det.__file__).parent
 MAINS = {"train_det": train_det, "train_seg": train_seg}
+STARTED = {**MAINS, "eval_seg": eval_seg}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 def run(tool: str, *options: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{tool}.py", *options])
-        MAINS[tool].main()
+        STARTED[tool].main()
 
 
 def refused(capfd: pytest.CaptureFixture[str], tool: str, *options: str, code: int = 2) -> str:
@@ -531,6 +533,18 @@ def test_a_damaged_checkpoint_is_one_line_that_offers_the_best(
         assert "best.ckpt, of step " in said
     for name, content in before.items():
         assert (copy / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("case", ["model empty", "model shapes"])
+def test_weights_that_do_not_fit_are_one_line(
+    case: str, copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage, words = DAMAGED[case]
+    damage(copy / "best.ckpt")
+    fault = f"the model of {copy / 'best.ckpt'} {words}"
+    assert fault in refused(capfd, "eval_seg", f"--checkpoint={copy / 'best.ckpt'}")
+    # a finished run, in which no epoch is better, shows what is in it
+    assert fault in refused(capfd, "train_seg", "--resume", f"--output={copy}")
 
 
 def test_the_offered_checkpoint_goes_on_to_the_same_end(

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_fabric import Fabric
 
+from common.checkpoint import load_state
 from common.config import (
     DetectionConfig,
     EvalDetectionConfig,
@@ -27,7 +28,6 @@ from common.evaluate import (
     check_classes,
     check_folder,
     detect,
-    load_weights,
     without_faulty,
 )
 from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
@@ -76,7 +76,7 @@ def _detect(
     check_memory(config.data, min(config.batch_size, len(data)))
     detector = build_detector(run.model, config.data, data.classes, run.seed)
     use_losses(detector, run.loss)
-    load_weights(detector, checkpoint, str(config.checkpoint))
+    load_state(detector, checkpoint["model"], f"the model of {config.checkpoint}")
     detector.to(fabric.device)
     results = detect(fabric, detector, data, config.data, config.batch_size, faults)
     data = without_faulty(data, faults)

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from PIL import Image
 
+from common.checkpoint import load_state
 from common.config import (
     EvalSegmentationConfig,
     SegmentationConfig,
@@ -25,7 +26,6 @@ from common.evaluate import (
     add_note,
     check_classes,
     check_folder,
-    load_weights,
     mask_files,
     segment,
     without_faulty,
@@ -55,7 +55,7 @@ def main() -> None:
         replace(run.model, weights="none"), config.data, data.classes, run.seed
     )
     use_losses(segmenter, run.loss, mode=run.model.mode, ignore_index=VOID)
-    load_weights(segmenter, checkpoint, config.checkpoint)
+    load_state(segmenter, checkpoint["model"], f"the model of {config.checkpoint}")
     segmenter.to(fabric.device)
 
     confusion = ConfusionMatrix(len(data.classes))

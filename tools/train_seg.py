@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from common.census import say_model, say_pixels
-from common.checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint, load_state
 from common.config import SegmentationConfig, check_memory, parse_training
 from common.data import Batch, TrainingImages, load_data
 from common.engine import fit
@@ -75,8 +75,9 @@ def train_and_show(
 
     if fabric.is_global_zero:
         with writing(output):
-            best = load_checkpoint(output / "best.ckpt", config.task)
-            segmenter.load_state_dict(best["model"])
+            file = output / "best.ckpt"
+            best = load_checkpoint(file, config.task)
+            load_state(segmenter, best["model"], f"the model of {file}")
             write_metrics(output, best["metrics"])
             print_metrics(best["metrics"])
             plot_curves(output, "mIoU")

@@ -300,19 +300,6 @@ def mask_files(folder: Path, data: Data, root: Path) -> list[Path]:
     return files
 
 
-def load_weights(model: nn.Module, checkpoint: dict[str, Any], file: str) -> None:
-    """Load the weights of a checkpoint.
-
-    Raises:
-        UsageError: if they are not those of this model.
-    """
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{file} does not hold the model that it describes: {reason}") from error
-
-
 def check_classes(data: Data, trained: list[str]) -> None:
     """Refuse data whose classes are not those that a model was trained for.
 
