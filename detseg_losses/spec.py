@@ -562,7 +562,11 @@ class LossSum(nn.Module):
 
     def forward(self, prediction: Any, target: Tensor, **call: Any) -> Tensor:
         """The sum; ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves, and
-        what single terms take, such as ``distance``.
+        what single terms take, such as ``distance``. For segmentation the two are one: the weight
+        of each pixel, ``(B, *)``.
+
+        Raises:
+            ValueError: where both are given.
         """
         return functools.reduce(operator.add, self.compute(prediction, target, **call).values())
 
@@ -570,6 +574,10 @@ class LossSum(nn.Module):
         """The weighted value of each term, attached to the graph."""
         if self.kind is None:
             raise TypeError(f"{self!r} mixes kinds of input; use_losses(model, spec) routes them")
+        if self.kind == "segmentation" and (weight := call.pop("weight", None)) is not None:
+            if call.get("pixel_weight") is not None:
+                raise ValueError("weight and pixel_weight mean the same here; give one of them")
+            call["pixel_weight"] = weight
         extra = {key for loss in self.terms for key in loss.extra}
         weights = {key: value for key, value in call.items() if key not in extra}
         results: dict[int, Tensor] = {}

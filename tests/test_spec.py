@@ -248,6 +248,24 @@ def test_terms_share_one_pass(
     torch.testing.assert_close(total, sum(alone))
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["ce", "dice", "ce + dice", "focal(mode='multiclass') + dice", "bce + lovasz", "combo"],
+)
+def test_weight_is_another_name_for_pixel_weight(spec: str) -> None:
+    x, y = sample()
+    weight = torch.rand(y.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    loss = build_loss(spec, kind="segmentation")
+    expected = loss(x, y, pixel_weight=weight)
+    assert not torch.equal(expected, loss(x, y))
+    assert torch.equal(loss(x, y, weight=weight), expected)
+    assert torch.equal(loss(x, y, weight=None, pixel_weight=weight), expected)
+    with pytest.raises(ValueError, match="weight and pixel_weight"):
+        loss(x, y, weight=weight, pixel_weight=weight)
+    with pytest.raises(ValueError, match="one weight a pixel has the shape"):
+        loss(x, y, weight=weight.unsqueeze(1).expand_as(x))
+
+
 @pytest.mark.parametrize("spec", ["ce + dice", "bce + jaccard", "focal + tversky + dice"])
 def test_options_reach_every_term(spec: str) -> None:
     """Defaults for all terms, and the weights of the pixels of this batch."""
