@@ -39,6 +39,7 @@ from detseg_losses.integrations.samples import (
     inside,
     read_image,
     read_text,
+    report_faults,
     shown,
     to_area,
     to_flag,
@@ -110,7 +111,8 @@ class CocoDetection(DetectionData):
         categories, items = _read(annotations, images, classes, faults, parse)
         boxes = [box for _, found in items for box in found]
         if extra is not None and not boxes:
-            raise DataError(f"{annotations}: there is no object with {extra}")
+            found = f": {report_faults(faults)}" if faults else ""
+            raise DataError(f"{annotations}: there is no object with {extra}{found}")
         if extra == "keypoints":
             self.mirrored = _mirrored(Path(annotations), categories, boxes)
         self.category_ids = [category["id"] for category in categories]

@@ -151,7 +151,8 @@ class Objects:
         areas: ``(N,)`` float64, px^2.
         crowd: ``(N,)`` bool.
         difficult: ``(N,)`` bool: VOC's difficult objects, and those that COCO says to ignore.
-        segmentations: polygons or RLE of each, as in the file; None where they were not asked for.
+        segmentations: of each its polygons, or compressed RLE of the image's size; None where they
+            were not asked for.
         keypoints: ``(N, K, 3)`` float32; None where they were not asked for.
     """
 
@@ -261,6 +262,11 @@ class DetectionData(ImageData[DetectionRecord, DetectionSample]):
             image_id=record.image.id,
             keypoints=objects.keypoints,
         )
+
+    @property
+    def objects(self) -> list[Objects]:
+        """The usable objects of each image, in order; boxes partly outside are clipped."""
+        return [record.objects for record in self._records]
 
     def ground_truth(self) -> dict[str, Any]:
         """The selected images and their usable objects as the content of a COCO annotation file.

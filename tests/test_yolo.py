@@ -37,6 +37,8 @@ import coco_to_yolo
 import detseg_losses
 from detseg_losses import SpecError
 from detseg_losses.integrations import restore_losses, use_losses, yolo
+from detseg_losses.integrations.coco import CocoDetection
+from detseg_losses.integrations.samples import report_faults
 from processes import run_in_processes
 
 ROOT = Path(__file__).parent.parent
@@ -580,7 +582,7 @@ def faulty(tmp_path):
 
 
 def test_faulty_data_is_left_out_and_listed(faulty):
-    for segments, count in (("false", 5), ("true", 12)):
+    for segments, count in (("false", 5), ("true", 19)):
         output = faulty / segments
         said = tool("--data", faulty, "--output", output, f"--segments={segments}")
         assert said.returncode == 0, said.stderr
@@ -590,6 +592,70 @@ def test_faulty_data_is_left_out_and_listed(faulty):
         assert [file.name for file in (output / "images/train").iterdir()] == ["0.png"]
         (file,) = (output / "labels/train").iterdir()
         assert len(labels(file)) == (1 if segments == "true" else 2)
+
+
+PART = "part of a polygon"
+
+
+def runs(*counts):
+    return {"size": [64, 64], "counts": list(counts)}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "fault"),
+    [
+        ([[1, 2, 3, 4], square(9, 9, 9)], f"{PART} is not three or more points"),
+        ([square(9, 9, 9), [9, 9, 18, float("nan"), 9, 18]], f"{PART} is not three or more points"),
+        ([square(9, 9, 9), [9, 9, 1e7, 9, 9, 18]], f"{PART} reaches far beyond the image"),
+        ([square(9, 9, 9), square(80, 80, 9)], f"{PART} draws nothing"),
+        ([[str(value) for value in square(9, 9, 9)]], None),
+        ([[1, 2, 3, 4]], f"{PART} is not three or more points"),
+        ([[9, 9, 1e7, 9, 9, 18]], f"{PART} reaches far beyond the image"),
+        (runs(10, 10), "RLE ends before the image does"),
+        (runs(10, 5000), "RLE is longer than the image"),
+        (runs(10, -10, 4096), "RLE has no valid counts"),
+        (runs(10.5, 10, 4075.5), "RLE has no valid counts"),
+        (runs(None), "RLE has no valid counts"),
+        ({"size": [64, 64], "counts": "a broken string"}, "RLE has no valid counts"),
+        ({"size": [64, 32], "counts": [2048]}, "RLE is not of the image's size"),
+        ("polygon", "object has no segmentation"),
+    ],
+)
+def test_outlines_are_judged_as_the_reader_does(segmentation, fault, faulty):
+    file = faulty / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    content["images"] = content["images"][:1]
+    sound = content["annotations"][0]
+    content["annotations"] = [sound, sound | {"bbox": [9, 9, 9, 9], "segmentation": segmentation}]
+    file.write_text(json.dumps(content))
+    said = tool("--data", faulty, "--output", faulty / "output", "--segments=true")
+    assert said.returncode == 0, said.stderr
+    found = CocoDetection(file, faulty / "train", extra="masks")
+    assert (report_faults(found.faults) in said.stdout) == bool(found.faults) == bool(fault)
+    assert fault is None or fault in said.stdout
+    rows = labels(faulty / "output/labels/train/0.txt")
+    assert len(rows) == len(found[0].boxes)
+    if len(rows) == 2:
+        np.testing.assert_allclose(rows[1][1:], np.array(square(9, 9, 9)) / 64, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [float, str, lambda number: f"image {number}"])
+def test_ids_may_be_text_or_whole_numbers_of_any_type(kind, coco, data, tmp_path):
+    file = coco / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image["id"] = kind(image["id"])
+    for annotation in content["annotations"]:
+        annotation["image_id"] = kind(annotation["image_id"])
+        annotation["category_id"] = float(annotation["category_id"])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train.json").write_text(json.dumps(content))
+    (tmp_path / "train").symlink_to(coco / "train")
+    said = tool("--data", tmp_path, "--output", tmp_path / "output")
+    assert said.returncode == 0, said.stderr
+    for expected in (data / "detect/labels").rglob("*.txt"):
+        written = tmp_path / "output/labels" / expected.relative_to(data / "detect/labels")
+        assert written.read_text() == expected.read_text()
 
 
 def test_errors_of_the_converter_are_one_line(coco, tmp_path):

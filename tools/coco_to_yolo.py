@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,8 @@ import yaml
 from common.config import parse
 from common.errors import UsageError, usage_errors
 from common.evaluate import check_folder
-from detseg_losses.integrations.coco import find_coco, find_image, load_annotations
-from detseg_losses.integrations.samples import (
-    DataError,
-    Fault,
-    Id,
-    category_names,
-    check_box,
-    report_faults,
-    to_flag,
-    to_number,
-)
+from detseg_losses.integrations.coco import CocoDetection, find_coco
+from detseg_losses.integrations.samples import DataError, Fault, ImageFile, report_faults
 
 
 @dataclass
@@ -105,121 +94,56 @@ def main() -> None:
 
 
 class Split:
-    """One split, with what is usable of it, and the categories numbered from 1 without gaps.
+    """One split, with what is usable of it; images and categories are numbered from 1.
 
     Crowds and objects with ``ignore: 1`` are no objects to learn, and go without a label:
     Ultralytics cannot ignore a part of an image.
     """
 
     def __init__(self, file: Path, directory: Path, segments: bool, faults: list[Fault]) -> None:
-        content = load_annotations(file)
-        by_id = category_names(content["categories"])
+        data = CocoDetection(file, directory, extra="masks" if segments else None)
+        faults += data.faults
         self.directory = directory
-        self.names = list(by_id.values())
-        numbers = {key: number for number, key in enumerate(by_id, 1)}
-        known = {image["id"] for image in content["images"]}
-        images = _usable_images(file, directory, content["images"], faults)
-        annotations = []
-        for index, annotation in enumerate(content["annotations"]):
-            image, category = annotation.get("image_id"), annotation.get("category_id")
-            if not isinstance(image, int) or image not in known:
-                reason = "image id is not among the file's images"
-                faults.append(Fault(file, index, reason, image))
-            elif image not in images:
+        self.names = data.classes
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        label_files = set()
+        for image, objects in zip(data.images, data.objects, strict=True):
+            label_file = image.path.with_suffix(".txt")
+            if label_file in label_files:
+                reason = "image would share the label file of an image before it"
+                faults.append(Fault(image.path, None, reason))
                 continue
-            elif (ignored := _is_ignored(annotation)) is None:
-                faults.append(Fault(file, index, "iscrowd or ignore is neither 0 nor 1"))
-            elif ignored:
-                continue
-            elif not isinstance(category, int) or category not in numbers:
-                reason = "category id is not among the file's categories"
-                faults.append(Fault(file, index, reason, category))
-            else:
-                usable, fault = _inside(annotation, images[image], segments)
-                if fault:
-                    faults.append(Fault(file, index, fault, annotation.get("bbox")))
-                if usable is not None:
-                    annotations.append(usable | {"category_id": numbers[category]})
+            label_files.add(label_file)
+            number = len(images) + 1
+            name = str(image.path.relative_to(directory))
+            size = {"width": image.width, "height": image.height}
+            images.append({"id": number, "file_name": name, **size})
+            for index in (~(objects.crowd | objects.difficult)).nonzero()[0].tolist():
+                annotation = {
+                    "image_id": number,
+                    "category_id": int(objects.labels[index]) + 1,
+                    "bbox": objects.boxes[index].tolist(),
+                }
+                if objects.segmentations is not None:
+                    annotation["segmentation"] = _outline(objects.segmentations[index], image)
+                annotations.append(annotation)
         if not annotations:
             found = f": {report_faults(faults)}" if faults else ""
             raise DataError(f"{file}: no usable object in an image of {directory}{found}")
-        self.content = {"images": list(images.values()), "annotations": annotations}
+        self.content = {"images": images, "annotations": annotations}
 
 
-def _usable_images(
-    file: Path, directory: Path, entries: list[dict[str, Any]], faults: list[Fault]
-) -> dict[Id, dict[str, Any]]:
-    """By id, the images that are there, as large as stated, and with a label file of their own."""
-    images = {}
-    label_files = set()
-    for index, entry in enumerate(entries):
-        image = find_image(entry, index, file, directory, faults)
-        if image is None:
-            continue
-        path = image.path
-        label_file = path.with_suffix(".txt")
-        if label_file in label_files:
-            reason = "image would share the label file of an image before it"
-            faults.append(Fault(file, index, reason, path))
-        else:
-            label_files.add(label_file)
-            size = {"width": image.width, "height": image.height}
-            images[image.id] = entry | size | {"file_name": str(path.relative_to(directory))}
-    return images
-
-
-def _inside(
-    annotation: dict[str, Any], image: dict[str, Any], segments: bool
-) -> tuple[dict[str, Any] | None, str | None]:
-    """An annotation clipped to its image, for Ultralytics drops images with anything beyond; and
-    the fault, as in :func:`check_box`.
-    """
-    width, height = image["width"], image["height"]
-    bbox = annotation.get("bbox")
-    numbers = [to_number(value) for value in bbox] if isinstance(bbox, list) else []
-    if len(numbers) != 4 or None in numbers:
-        return None, "bbox is not four numbers"
-    x, y, w, h = (number for number in numbers if number is not None)
-    box, fault = check_box((x, y, x + w, y + h), width, height)
-    if box is None:
-        return None, fault
-    usable = {
-        "image_id": annotation["image_id"],
-        "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-    }
-    if segments:
-        outline = annotation.get("segmentation")
-        if not outline:
-            return None, "object has no segmentation"
-        if isinstance(outline, dict):
-            if outline.get("size") != [height, width] or "counts" not in outline:
-                return None, "RLE is not of the image's size"
-        elif isinstance(outline, list) and all(map(_is_polygon, outline)):
-            outline = [_clip(polygon, width, height) for polygon in outline]
-        else:
-            return None, "polygon is not a list of three or more points x, y"
-        usable["segmentation"] = outline
-    return usable, fault
-
-
-def _is_ignored(annotation: dict[str, Any]) -> bool | None:
-    """Whether an object is a crowd or to be ignored; None where that cannot be told."""
-    flags = [to_flag(annotation.get(key)) for key in ("iscrowd", "ignore")]
-    return None if None in flags else any(flags)
-
-
-def _is_polygon(values: object) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) >= 6
-        and len(values) % 2 == 0
-        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-    )
-
-
-def _clip(polygon: Sequence[float], width: int, height: int) -> list[float]:
-    limits = width, height
-    return [min(max(value, 0), limits[index % 2]) for index, value in enumerate(polygon)]
+def _outline(segmentation: Any, image: ImageFile) -> Any:
+    """An outline for JSON, within its image: Ultralytics drops images with anything beyond."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        return {**segmentation, "counts": counts if isinstance(counts, str) else counts.decode()}
+    limits = image.width, image.height
+    return [
+        [min(max(value, 0), limits[index % 2]) for index, value in enumerate(polygon)]
+        for polygon in segmentation
+    ]
 
 
 if __name__ == "__main__":
