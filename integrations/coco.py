@@ -172,11 +172,11 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
     instances overlap, the smaller one is drawn over the larger one, whatever their order in the
     file, so that none is hidden; crowds are void (255) and lie under everything else.
 
-    The box of an object that cannot be drawn is void, too, and so are objects to be ignored. Parts
-    of a polygon that are faulty (not three points of finite numbers, far beyond the image, or
-    drawing nothing) are dropped and listed in ``faults``. RLE must cover the image; only a last run
-    of background may be missing, where the object's box (or else its area) shows that nothing else
-    is.
+    The box of an object that cannot be drawn is void, too, and so are objects to be ignored and
+    objects whose category is faulty or unknown, whatever ``classes`` are chosen. Parts of a polygon
+    that are faulty (not three points of finite numbers, far beyond the image, or drawing nothing)
+    are dropped and listed in ``faults``. RLE must cover the image; only a last run of background
+    may be missing, where the object's box (or else its area) shows that nothing else is.
 
     Arguments and errors are those of :class:`CocoDetection`; instead of the box, the segmentation
     of each object is checked.
@@ -191,7 +191,7 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
         faulty: Faulty = "skip",
     ) -> None:
         faults: list[Fault] = []
-        categories, items = _read(annotations, images, classes, faults, _parse_region)
+        categories, items = _read(annotations, images, classes, faults, _parse_region, unknown=True)
         names = [category["name"] for category in categories]
         records = [_RegionRecord(image, regions) for image, regions in items]
         if len(names) >= VOID:
@@ -273,7 +273,7 @@ def _parse_region(
     annotation: dict[str, Any], label: int, image: ImageFile, report: Report
 ) -> _Region | None:
     flags = _flags(annotation, report)
-    void = flags is None or any(flags)
+    void = flags is None or any(flags) or label == _UNKNOWN
     segmentation = _parse_segmentation(annotation, image, report)
     if segmentation is not None:
         return _Region(segmentation, label, void)
@@ -473,14 +473,23 @@ def _objects(boxes: list[_Box], extra: Extra | None, points: int) -> Objects:
     )
 
 
+_UNKNOWN = -1
+"""The label of an object whose category is faulty or unknown."""
+
+
 def _read(
     file: Path | str,
     directory: Path | str,
     classes: Sequence[str] | None,
     faults: list[Fault],
     parse: Callable[[dict[str, Any], int, ImageFile, Report], ItemT | None],
+    *,
+    unknown: bool = False,
 ) -> tuple[list[dict[str, Any]], list[tuple[ImageFile, list[ItemT]]]]:
-    """The categories, and the usable images with what ``parse`` made of the objects."""
+    """The categories, and the usable images with what ``parse`` made of the objects.
+
+    With ``unknown`` it is given those of unknown categories, too.
+    """
     file, directory = Path(file), Path(directory)
     content = load_annotations(file)
     by_id = category_names(content["categories"])
@@ -499,12 +508,15 @@ def _read(
         elif category is None or category not in by_id:
             reason = "category id is not among the file's categories"
             faults.append(Fault(file, index, reason, shown(annotation.get("category_id"))))
+            if unknown:
+                objects[image_id].append((index, annotation, _UNKNOWN))
         elif category in label_of:
             objects[image_id].append((index, annotation, label_of[category]))
 
     usable = []
     for position, entry in enumerate(content["images"]):
-        if classes is not None and not objects[entry["id"]]:
+        labels = {label for _, _, label in objects[entry["id"]]}
+        if classes is not None and labels <= {_UNKNOWN}:
             continue
         image = find_image(entry, position, file, directory, faults)
         if image is None:

@@ -449,6 +449,36 @@ def test_bad_parts_of_a_polygon_leave_the_others(tmp_path: Path) -> None:
     np.testing.assert_array_equal(masks[0], expected)
 
 
+@pytest.mark.parametrize("category", [4, "3", None, [3], True, 3.5])
+@pytest.mark.parametrize("classes", [None, ["car"], ["dog"]])
+def test_an_object_of_unknown_category_is_void(
+    tmp_path: Path, classes: list[str] | None, category: Any
+) -> None:
+    content = tiny()
+    content["annotations"] += [
+        entry(7, category, [20, 2, 10, 5]),
+        entry(7, category, [0, 22, 10, 5], segmentation=None),
+        entry(7, category, [5, 5, 10, 5]),  # lies under a known object
+        entry(4, category, [5, 5, 10, 5]),  # alone in its image
+    ]
+    place = write(tmp_path, content)
+    data = CocoSegmentation(*place, classes=classes)
+    reason = "category id is not among the file's categories"
+    found = [fault.index for fault in data.faults if fault.reason == reason]
+    assert found == [5, 6, 7, 8]
+    car, dog = {None: (1, 2), "car": (1, None), "dog": (None, 1)}[classes and classes[0]]
+    expected = np.zeros((30, 40), np.uint8)
+    expected[2:7, 20:30] = expected[22:27, :10] = expected[5:10, 5:15] = 255
+    if car:
+        expected[20:, 30:] = 255
+        expected[:20, :20] = car
+    if dog:
+        expected[2:7, 1:11] = dog
+    np.testing.assert_array_equal(data[data.names.index("7.png")].mask, expected)
+    assert ("4.png" in data.names) == (classes is None)
+    assert len(CocoDetection(*place, classes=classes).faults) == 4
+
+
 def test_an_object_without_outline_lies_under_the_others(tmp_path: Path) -> None:
     content = tiny()
     content["annotations"][1]["segmentation"] = [[1, 2]]
