@@ -335,6 +335,20 @@ def test_what_a_machine_lacks_is_one_line(
     assert words in said
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--train.batch_size=1"], ["--train.batch_size=2", "--train.accumulate=2"]],
+    ids=["one image", "one image at a time"],
+)
+def test_batch_norm_on_one_pixel_is_one_line(
+    options: list[str], small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model.name=DeepLabV3Plus", "--model.encoder=resnet18"]
+    said = refused(capfd, "train_seg", *small, *model, *options, f"--output={tmp_path / 'run'}")
+    assert options[0].lstrip("-") in said
+    assert "raise train.batch_size" in said
+
+
 def test_an_error_of_the_tools_stays_a_traceback() -> None:
     with pytest.raises(RuntimeError, match="shapes"), usage_errors():
         raise RuntimeError("shapes cannot be multiplied")

@@ -277,8 +277,16 @@ class _Training:
             for part, batch in enumerate(parts):
                 for name, value in self._backward(part, batch).items():
                     values[name] = values.get(name, 0.0) + value / train.accumulate
-        except Exception:
+        except Exception as error:
             self._look_alone()  # what went wrong before can be the reason
+            if "more than 1 value per channel" in str(error):
+                kind = UsageError if self.fabric.is_global_zero else ReportedError
+                raise kind(
+                    "the batch norm of this model cannot be trained on one image at a time "
+                    f"(train.batch_size={train.batch_size}, train.accumulate={train.accumulate}, "
+                    f"devices: {self.fabric.world_size}), for it meets maps of a single pixel: "
+                    "raise train.batch_size"
+                ) from error
             raise
         norm = self.fabric.clip_gradients(
             self.wrapped, self.optimizer, max_norm=train.clip or math.inf, error_if_nonfinite=False
