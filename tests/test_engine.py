@@ -518,6 +518,16 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit(lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(2))),
         "exp_avg",
     ),
+    "optimizer moments": (
+        edit(lambda c: c["optimizer"]["state"].update({0: {"step": torch.tensor(1.0)}})),
+        "keeps",
+    ),
+    "optimizer moment": (
+        edit(lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(()))),
+        "exp_avg",
+    ),
+    "optimizer step": (edit(lambda c: c["optimizer"]["state"][0].update(step="3")), "does not fit"),
+    "best nan": (put("best", float("nan")), "'best'"),
     "optimizer list": (put("optimizer", {"state": [], "param_groups": 3}), "does not fit"),
     "loss": (put("loss", {"weight": torch.ones(1)}), "does not fit"),
     "loss list": (put("loss", []), "'loss'"),

@@ -153,6 +153,8 @@ def _faults(content: dict[str, Any]) -> Iterator[str]:
         yield "'loss' is not a dict"
     if content["step"] < 0:
         yield f"'step' is {content['step']}"
+    if content["best"] != content["best"]:
+        yield "'best' is NaN"
     if not all(isinstance(name, str) for name in content["classes"]):
         yield "'classes' are not names"
     for name, value in content["model"].items():

@@ -28,7 +28,7 @@ from common.launch import agreed
 from common.metrics_log import MetricsLog
 from common.signals import Signals, outlive_signals
 from detseg_losses.integrations import ModelLosses
-from detseg_losses.integrations.samples import Fault
+from detseg_losses.integrations.samples import Fault, shown
 
 Losses = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 Evaluate = Callable[[], dict[str, Any]]
@@ -199,15 +199,17 @@ class _Training:
             )
 
     def _resume_optimizer(self, state: dict[str, Any]) -> None:
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         origin = f"the optimizer of {self.last}"
         load_state(self.optimizer, state, origin)
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay  # may be given anew, as lr is
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # they are those of the configuration, and may be given anew
             for parameter in group["params"]:
-                for name, value in self.optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
-                        raise UsageError(f"{origin} does not fit: {name} is {tuple(value.shape)}")
+                if found := self.optimizer.state.get(parameter):
+                    _check_moments(found, parameter, origin)
 
     def _progress(self) -> tqdm[Any]:
         return tqdm(
@@ -460,6 +462,21 @@ def _lasting(config: dict[str, Any]) -> dict[str, Any]:
     """The options on which the content of a checkpoint depends."""
     model = {f"model.{option}": value for option, value in config["model"].items()}
     return model | {"train.optimizer": config["train"].get("optimizer")}
+
+
+_MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
+"""What AdamW and SGD keep of each parameter."""
+
+
+def _check_moments(found: Any, parameter: Tensor, origin: str) -> None:
+    """Raise a UsageError where the optimizer could not make a step with it."""
+    if not isinstance(found, dict) or {*found} not in _MOMENTS:
+        raise UsageError(f"{origin} does not fit: it keeps {shown(found)} of a parameter")
+    for name, value in found.items():
+        shape = () if name == "step" else parameter.shape
+        if not isinstance(value, Tensor) or value.shape != shape:
+            size = tuple(value.shape) if isinstance(value, Tensor) else shown(value)
+            raise UsageError(f"{origin} does not fit: {name} is {size}")
 
 
 def _make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
