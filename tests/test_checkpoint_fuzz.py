@@ -57,7 +57,7 @@ class Ready(Exception):
 def resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[Path], bool]:
-    """Whether a run goes on from a checkpoint, up to a step of its optimizer; else it ended well."""
+    """Whether a run goes on from a checkpoint, with its optimizer; otherwise it ended well."""
 
     def ready(self: _Training) -> None:
         assert self.best == self.best
