@@ -81,7 +81,8 @@ class Statistics:
         if batch.dense:
             rest = 1 - batch.target.to(batch.dtype)
             return _count(rest, batch.weight, batch.logits.shape[1], batch.dtype)
-        return self.true @ (1 - torch.eye(self.true.shape[1]).to(self.true))
+        others = 1 - torch.eye(self.true.shape[1]).to(self.true)
+        return (self.true.unsqueeze(1) * others).sum(-1)  # autocast would round a matrix product
 
 
 OVERLAPS = [TruePositive(), FalsePositive(), FalseNegative()]

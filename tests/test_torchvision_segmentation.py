@@ -292,5 +292,5 @@ def test_an_auxiliary_classifier_of_other_classes_is_refused():
 
 @pytest.mark.parametrize("spec", ["giou", "ce + l1"])
 def test_a_loss_of_boxes_is_refused_by_its_kind(spec):
-    with pytest.raises(SpecError, match=r"is a loss of .*, not of segmentation; .* dice"):
+    with pytest.raises(SpecError, match=r"is a loss of .*, not of segmentation; .*'dice'"):
         use_losses(small(), spec)
