@@ -110,7 +110,10 @@ class Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.known = self.defaults()  # held, for torch.compile cannot read signatures
+        # Held, for torch.compile cannot read signatures.
+        self.known = self.defaults()
+        own = [*inspect.signature(self.function).parameters][2:]
+        self.own = [name for name in own if name in self.known and name != "reduction"]
         for option, value in options.items():
             if option not in self.known:
                 raise TypeError(
@@ -163,6 +166,26 @@ class Loss(nn.Module):
             elif value != self.known[option]:
                 arguments.append(f"{option}={value!r}")
         return f"{self.name}({', '.join(arguments)})" if arguments else self.name
+
+
+class FormulaLoss(Loss):
+    """A loss that is a formula on statistics, which the losses of a sum share."""
+
+    formula: ClassVar[Callable[..., Any]]
+    """Makes the formula from the options that are of the function alone."""
+
+    def made(self) -> Any:
+        """The formula with the options of this module, and in this step."""
+        options = self.options
+        return type(self).formula(**{name: options[name] for name in self.own})
+
+    def needs(self) -> list[Any]:
+        """What the statistics have to hold."""
+        return self.made().needs()
+
+    def evaluate(self, statistics: Any) -> Tensor:
+        """The loss of the batch that the statistics are of."""
+        raise NotImplementedError
 
 
 LOSSES: dict[str, type[Loss]] = {}
@@ -360,12 +383,21 @@ class _AllReduce(torch.autograd.Function):
         return total
 
 
-def mean_of_sums(sums: Tensor, counts: Tensor, *, per_image: bool, sync: bool) -> Tensor:
+def mean_of_sums(sums: Tensor, counts: Tensor | float, *, per_image: bool, sync: bool) -> Tensor:
     """Sums ``(B,)`` over counts ``(B,)``: of the batch as one, or the mean of each image's.
 
-    With ``sync`` the batch is that of all processes, and the result of each process is scaled so
-    that the average which DistributedDataParallel takes of the gradients is that of one process.
+    A number stands for the count of every image. With ``sync`` the batch is that of all processes,
+    and the result of each process is scaled so that the average which DistributedDataParallel
+    takes of the gradients is that of one process.
     """
+    world = processes(sync)
+    if world == 1 and not isinstance(counts, Tensor):
+        return sums.sum() / max(counts * len(sums), 1)
+    if not isinstance(counts, Tensor):
+        counts = sums.new_full((len(sums),), counts)
     if per_image:
         sums, counts = divide(sums, counts), torch.ones_like(counts)
-    return divide(sums.sum() * processes(sync), world_sum(counts.sum(), sync))
+    total, count = sums.sum(), counts.sum()
+    if world == 1:
+        return divide(total, count)
+    return divide(total * world, world_sum(count, sync))

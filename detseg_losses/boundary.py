@@ -8,13 +8,13 @@ from typing_extensions import Unpack
 
 from .base import BLOCK, Loss, divide, in_blocks, register
 from .layout import check_constant
-from .regions import RegionOptions, region_batch, regions
+from .regions import RegionOptions, Regions, _region_loss, region_batch
 from .statistics import weighted_counts
 
 
 def boundary_loss(
     logits: Tensor,
-    target: Tensor | None = None,
+    target: Tensor,
     *,
     distance: Tensor | None = None,
     **options: Unpack[RegionOptions],
@@ -51,8 +51,7 @@ def boundary_loss(
             f"distance {tuple(distance.shape)} does not fit logits {tuple(logits.shape)}"
         )
     check_constant("distance", distance)
-    s = weighted_counts(batch, distance.reshape(batch.logits.shape))
-    r = regions(s, None, **options)
+    r = Regions(weighted_counts(batch, distance.reshape(batch.logits.shape)), **options)
     return r.reduce(divide(r.tp, r.valid))
 
 
@@ -118,5 +117,5 @@ class BoundaryLoss(Loss):
     """Module form of :func:`boundary_loss`."""
 
     function = staticmethod(boundary_loss)
-    common = staticmethod(regions)
+    common = staticmethod(_region_loss)
     extra = ("distance",)

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import (
-    Loss,
+    FormulaLoss,
     Reduction,
     as_weights,
     blocks,
@@ -61,8 +61,8 @@ class ClassificationOptions(TypedDict, total=False):
 
 
 def sigmoid_focal_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     alpha: Tensor | Sequence[float] | float | None = 0.25,
     gamma: float = 2.0,
     reduction: str = "none",
@@ -94,8 +94,8 @@ def sigmoid_focal_loss(
 
 
 def binary_cross_entropy_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     pos_weight: Tensor | Sequence[float] | float = 1.0,
     reduction: str = "mean",
@@ -122,8 +122,8 @@ def binary_cross_entropy_loss(
 
 
 def quality_focal_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     beta: float = 2.0,
     reduction: str = "mean",
@@ -154,8 +154,8 @@ def quality_focal_loss(
 
 
 def varifocal_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     alpha: float = 0.75,
     gamma: float = 2.0,
@@ -191,8 +191,8 @@ def varifocal_loss(
 
 
 def asymmetric_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     gamma_neg: float = 4.0,
     gamma_pos: float = 0.0,
@@ -229,8 +229,8 @@ def asymmetric_loss(
 
 
 def poly_focal_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     epsilon: float = 1.0,
     alpha: Tensor | Sequence[float] | float | None = 0.25,
@@ -264,8 +264,8 @@ def poly_focal_loss(
 
 
 def ghm_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     bins: int = 30,
     reduction: str = "mean",
@@ -543,8 +543,8 @@ def index_of(found: Tensor, bins: int) -> Tensor:
 
 def _sigmoid_loss(
     formula: Formula,
-    inputs: Tensor | Statistics,
-    targets: Tensor | None,
+    inputs: Tensor,
+    targets: Tensor,
     reduction: str,
     *,
     mode: Mode | None = None,
@@ -558,49 +558,51 @@ def _sigmoid_loss(
 ) -> Tensor:
     check_choice("reduction", reduction, Reduction)
     weight = pixel_weight if weight is None else weight
-    if isinstance(inputs, Statistics):
-        batch = inputs.batch
-    elif targets is None:
-        raise TypeError("targets are missing")
-    elif mode is None:
-        batch = detection_batch(
-            inputs, targets, ignore_index=ignore_index, weight=weight, validate=validate
-        )
+    given: Any = {"ignore_index": ignore_index, "validate": validate}
+    if mode is None:
+        batch = detection_batch(inputs, targets, weight=weight, **given)
     else:
-        batch = segmentation_batch(
-            inputs,
-            targets,
-            mode=mode,
-            ignore_index=ignore_index,
-            pixel_weight=weight,
-            validate=validate,
-        )
-    each = 1.0 if class_weights is None else batch.per_class(class_weights)
+        batch = segmentation_batch(inputs, targets, mode=mode, pixel_weight=weight, **given)
     if reduction == "none":
-        (values,) = pointwise(batch, maps=[formula])
-        return batch.entries(values * column(each))
-    known = inputs.sums if isinstance(inputs, Statistics) else {}
-    if formula in known:
-        sums = known[formula]
-    else:
-        (sums,) = pointwise(batch, [formula], per_class=class_weights is not None)
+        return _map(formula, batch, class_weights)
+    (sums,) = pointwise(batch, [formula], per_class=class_weights is not None)
+    return _reduce(sums, batch, class_weights, reduction, per_image, sync)
+
+
+def _map(formula: Formula, batch: Batch, class_weights: Any) -> Tensor:
+    (values,) = pointwise(batch, maps=[formula])
+    return batch.entries(values * column(_each(batch, class_weights)))
+
+
+def _reduce(
+    sums: Tensor, batch: Batch, class_weights: Any, reduction: str, per_image: bool, sync: bool
+) -> Tensor:
+    each = _each(batch, class_weights)
     sums = (sums * each).sum(-1)
     if reduction == "sum":
         return sums.sum()
     return mean_of_sums(sums, (batch.valid() * each).sum(-1), per_image=per_image, sync=sync)
 
 
-class SigmoidLoss(Loss):
+def _each(batch: Batch, class_weights: Any) -> Any:
+    return 1.0 if class_weights is None else batch.per_class(class_weights)
+
+
+class SigmoidLoss(FormulaLoss):
     """A loss that is a formula on independent sigmoids."""
 
     common = staticmethod(_sigmoid_loss)
     shared = ("mode", "ignore_index", "validate")
 
-    def formula(self) -> Formula:
-        raise NotImplementedError
-
     def needs(self) -> list[Need]:
-        return [] if self.options["reduction"] == "none" else [self.formula()]
+        return [] if self.options["reduction"] == "none" else [self.made()]
+
+    def evaluate(self, statistics: Statistics) -> Tensor:
+        options, formula, batch = self.options, self.made(), statistics.batch
+        if options["reduction"] == "none":
+            return _map(formula, batch, options["class_weights"])
+        names = ("class_weights", "reduction", "per_image", "sync")
+        return _reduce(statistics.sums[formula], batch, *(options[name] for name in names))
 
 
 @register("focal", "classification", "segmentation")
@@ -608,9 +610,7 @@ class SigmoidFocalLoss(SigmoidLoss):
     """Module form of :func:`sigmoid_focal_loss`."""
 
     function = staticmethod(sigmoid_focal_loss)
-
-    def formula(self) -> Formula:
-        return Focal(self.options["alpha"], self.options["gamma"])
+    formula = Focal
 
 
 @register("bce", "classification", "segmentation")
@@ -618,9 +618,7 @@ class BCELoss(SigmoidLoss):
     """Module form of :func:`binary_cross_entropy_loss`."""
 
     function = staticmethod(binary_cross_entropy_loss)
-
-    def formula(self) -> Formula:
-        return CrossEntropy(self.options["pos_weight"])
+    formula = CrossEntropy
 
 
 @register("quality_focal", "classification", "segmentation")
@@ -628,9 +626,7 @@ class QualityFocalLoss(SigmoidLoss):
     """Module form of :func:`quality_focal_loss`."""
 
     function = staticmethod(quality_focal_loss)
-
-    def formula(self) -> Formula:
-        return QualityFocal(self.options["beta"])
+    formula = QualityFocal
 
 
 @register("varifocal", "classification", "segmentation")
@@ -638,9 +634,7 @@ class VarifocalLoss(SigmoidLoss):
     """Module form of :func:`varifocal_loss`."""
 
     function = staticmethod(varifocal_loss)
-
-    def formula(self) -> Formula:
-        return Varifocal(self.options["alpha"], self.options["gamma"])
+    formula = Varifocal
 
 
 @register("asymmetric", "classification", "segmentation")
@@ -648,10 +642,7 @@ class AsymmetricLoss(SigmoidLoss):
     """Module form of :func:`asymmetric_loss`."""
 
     function = staticmethod(asymmetric_loss)
-
-    def formula(self) -> Formula:
-        options = self.options
-        return Asymmetric(options["gamma_neg"], options["gamma_pos"], options["margin"])
+    formula = Asymmetric
 
 
 @register("poly_focal", "classification", "segmentation")
@@ -659,9 +650,7 @@ class PolyFocalLoss(SigmoidLoss):
     """Module form of :func:`poly_focal_loss`."""
 
     function = staticmethod(poly_focal_loss)
-
-    def formula(self) -> Formula:
-        return PolyFocal(self.options["alpha"], self.options["gamma"], self.options["epsilon"])
+    formula = PolyFocal
 
 
 @register("ghm", "classification", "segmentation")
@@ -671,5 +660,5 @@ class GHMLoss(SigmoidLoss):
     function = staticmethod(ghm_loss)
     of_batch = True
 
-    def formula(self) -> Formula:
+    def made(self) -> Formula:
         return Harmonised(self.options["bins"], self.options["sync"])

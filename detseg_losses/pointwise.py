@@ -13,9 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import reduce
-from operator import add
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -76,13 +74,6 @@ class Sigmoid:
     def pos(self) -> Tensor:
         return F.softplus(-self.x) if self.differentiable else Sigmoid(-self.x).neg
 
-    @lazy
-    def mirrored(self) -> Sigmoid:
-        """The same of -x."""
-        result = Sigmoid(-self.x)
-        result.p, result.q = self.q, self.p
-        return result
-
     def missed(self, y: Label) -> Tensor:
         """The probability of the wrong answer."""
         if isinstance(y, Tensor):
@@ -142,13 +133,7 @@ class Formula:
     """A point-by-point loss; its fields are numbers, or tensors ``(C,)`` with one for each class.
 
     Two formulas with the same fields are equal, so that losses can share what was computed.
-
-    Attributes:
-        level_and_rise: numbers (a, b) where the slope is ``spread * (a + b * y)``, as it is of
-            counts; else None.
     """
-
-    level_and_rise: ClassVar[tuple[int, int] | None] = None
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         raise NotImplementedError
@@ -179,29 +164,36 @@ def column(weights: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Predicted(Formula):
-    """The probability itself: its sum is the soft count of what is predicted."""
-
-    level_and_rise = (1, 0)
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread
-
-
-@dataclass(frozen=True)
 class TruePositive(Formula):
-    """The probability where the target says yes: its sum is the soft count of true positives."""
-
-    level_and_rise = (0, 1)
+    """The probability where the target says yes."""
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return s.p * y
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return s.spread * y
+
+
+@dataclass(frozen=True)
+class FalsePositive(Formula):
+    """The probability where the target says no."""
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.p * (1 - y)
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.spread * (1 - y)
+
+
+@dataclass(frozen=True)
+class FalseNegative(Formula):
+    """What the probability lacks where the target says yes."""
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.q * y
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.spread * -y
 
 
 @dataclass(frozen=True)
@@ -213,26 +205,6 @@ class Squared(Formula):
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return 2 * s.p * s.spread
-
-
-@dataclass(frozen=True)
-class Mirrored(Formula):
-    """A formula for the other one of two classes: of 1 - p and 1 - y."""
-
-    formula: Formula
-
-    @property
-    def level_and_rise(self) -> tuple[int, int] | None:  # type: ignore[override]
-        if self.formula.level_and_rise is None:
-            return None
-        level, rise = self.formula.level_and_rise
-        return -level - rise, rise
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.formula.value(s.mirrored, 1 - y)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return -self.formula.slope(s.mirrored, 1 - y)
 
 
 def pointwise(
@@ -433,17 +405,7 @@ class _SigmoidBlock(Part):
 
     def gradient(self, pairs: Sequence[tuple[Formula, Tensor]]) -> Tensor:
         """The weighted sum of the slopes of formulas, each times a factor."""
-        counts = []
-        slopes = []
-        for formula, factor in pairs:
-            if formula.level_and_rise is not None and isinstance(self.label, Tensor):
-                counts.append([number * factor for number in formula.level_and_rise])
-            else:
-                slopes.append((self.evaluate(formula, "slope")[0], factor))
-        if counts:  # one slope for all
-            level, rise = (reduce(add, each) for each in zip(*counts, strict=True))
-            # addcmul would be slow with two factors that are broadcast
-            slopes.append(((self.label * rise).add_(level), self.s.spread))
+        slopes = [(self.evaluate(formula, "slope")[0], factor) for formula, factor in pairs]
         (slope, factor), *others = slopes
         total = slope * factor
         for slope, factor in others:

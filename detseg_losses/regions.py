@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ._engine.regions import Numbers, tversky_losses
 from .base import (
-    Loss,
+    FormulaLoss,
     Reduction,
     check_choice,
     check_not_negative,
     divide,
-    mean_of_sums,
+    lazy,
+    processes,
     register,
     world_sum,
 )
 from .layout import Batch, Mode, segmentation_batch
-from .statistics import Need, Statistics, statistics
+from .statistics import Need, Statistics, measure
 
 Absent = Literal["skip", "penalise"]
 
@@ -61,8 +63,8 @@ class RegionOptions(TypedDict, total=False):
 
 
 def dice_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 0.0,
     **options: Unpack[RegionOptions],
@@ -83,13 +85,12 @@ def dice_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    return r.reduce(1 - r.dice(smooth))
+    return _region_loss(dice(smooth), logits, target, **options)
 
 
 def jaccard_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 0.0,
     **options: Unpack[RegionOptions],
@@ -107,13 +108,12 @@ def jaccard_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    return r.reduce(1 - r.tversky(1, 1, smooth))
+    return _region_loss(jaccard(smooth), logits, target, **options)
 
 
 def tversky_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     alpha: float = 0.5,
     beta: float = 0.5,
@@ -135,13 +135,12 @@ def tversky_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    return r.reduce(1 - r.tversky(alpha, beta, smooth))
+    return _region_loss(Tversky(alpha, beta, smooth), logits, target, **options)
 
 
 def focal_tversky_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     alpha: float = 0.3,
     beta: float = 0.7,
@@ -167,18 +166,12 @@ def focal_tversky_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    if gamma <= 0:
-        raise ValueError(f"gamma must be positive: {gamma}")
-    r = regions(logits, target, **options)
-    loss = 1 - r.tversky(alpha, beta, smooth)
-    # The slope at 0 is infinite for gamma < 1: a perfect class costs 0 and has no gradient.
-    tiny = torch.finfo(loss.dtype).eps
-    return r.reduce(torch.where(loss > tiny, loss.clamp(min=tiny).pow(gamma), 0))
+    return _region_loss(FocalTversky(alpha, beta, smooth, gamma), logits, target, **options)
 
 
 def squared_dice_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 0.0,
     **options: Unpack[RegionOptions],
@@ -200,13 +193,12 @@ def squared_dice_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, "squares", **options)
-    return r.reduce(1 - divide(2 * r.tp + smooth, r.squares + smooth))
+    return _region_loss(SquaredDice(smooth), logits, target, **options)
 
 
 def generalised_dice_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
     r"""One Dice loss over all classes, each by its inverse area (Sudre et al., arXiv:1707.03237).
@@ -227,23 +219,12 @@ def generalised_dice_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    # Relative to the smallest class that is there, so that no square is out of range.
-    least = r.true.where(r.true > 0, torch.inf).amin(-1, keepdim=True)
-    weights = torch.where(r.true > 0, least / r.true, 0).square()
-    if r.class_weights is not None:
-        weights = weights * r.class_weights
-    hits = (weights * r.tp).sum(-1, keepdim=True)
-    area = (weights * (r.pred + r.true)).sum(-1, keepdim=True)
-    loss = (1 - divide(2 * hits, area)).expand_as(r.tp)
-    if r.class_weights is not None:  # of the classes that are there they are in it already
-        r = replace(r, class_weights=torch.where(r.true > 0, 1, r.class_weights))
-    return r.reduce(loss)
+    return _region_loss(GeneralisedDice(), logits, target, **options)
 
 
 def log_cosh_dice_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 0.0,
     **options: Unpack[RegionOptions],
@@ -264,14 +245,12 @@ def log_cosh_dice_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    # cosh d = 1 + 2 sinh(d / 2)^2, without rounding to 1 where d is small
-    return r.reduce(torch.log1p(2 * ((1 - r.dice(smooth)) / 2).sinh().square()))
+    return _region_loss(LogCoshDice(smooth), logits, target, **options)
 
 
 def f1_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     beta: float = 1.0,
     smooth: float = 0.0,
@@ -296,16 +275,12 @@ def f1_loss(
         ValueError: on a beta that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
     """
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive: {beta}")
-    r = regions(logits, target, **options)
-    miss = beta**2 / (1 + beta**2)
-    return r.reduce(1 - r.tversky(1 - miss, miss, smooth / (1 + beta**2)))
+    return _region_loss(f_measure(beta, smooth), logits, target, **options)
 
 
 def mcc_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 1e-5,
     **options: Unpack[RegionOptions],
@@ -330,73 +305,255 @@ def mcc_loss(
         ValueError: on a smooth that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
     """
-    if not 0 < smooth < math.inf:
-        raise ValueError(f"smooth must be positive: {smooth}")
-    r = regions(logits, target, **options)
-    counts = (r.tp, r.fp, r.fn, r.valid - r.true - r.fp)
-    tp, fp, fn, tn = (count.clamp(min=0) + smooth for count in counts)  # rounding
-    scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()
-    return r.reduce(1 - (tp * tn - fp * fn) / scale)
+    return _region_loss(MCC(smooth), logits, target, **options)
 
 
-@dataclass
+class RegionFormula:
+    """A loss of each class as a formula on its counts. Two with the same numbers are equal."""
+
+    squares: ClassVar[bool] = False
+    """Whether it asks for sums of squares."""
+
+    def of_classes(self, r: Regions) -> Tensor:
+        """The losses ``(b, C)``."""
+        raise NotImplementedError
+
+    def weights(self, r: Regions) -> Tensor:
+        """What each class counts in the mean, ``(b, C)``."""
+        return r.weights
+
+    def needs(self) -> list[Need]:
+        return ["regions", "squares"] if self.squares else ["regions"]
+
+
+@dataclass(frozen=True)
+class Tversky(RegionFormula):
+    alpha: float
+    beta: float
+    smooth: float
+
+    def __post_init__(self) -> None:
+        check_not_negative("smooth", self.smooth)
+
+    def of_classes(self, r: Regions) -> Tensor:
+        wrong = self.alpha * r.fp + self.beta * r.fn
+        return divide(wrong, r.tp + wrong + self.smooth)
+
+
+def dice(smooth: float) -> Tversky:
+    """``2 TP + s`` over ``2 TP + FP + FN + s``."""
+    return Tversky(0.5, 0.5, smooth / 2)
+
+
+def jaccard(smooth: float) -> Tversky:
+    """``TP + s`` over ``TP + FP + FN + s``."""
+    return Tversky(1, 1, smooth)
+
+
+def f_measure(beta: float, smooth: float) -> Tversky:
+    """The F-measure as a Tversky index."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive: {beta}")
+    miss = beta**2 / (1 + beta**2)
+    return Tversky(1 - miss, miss, smooth / (1 + beta**2))
+
+
+@dataclass(frozen=True)
+class FocalTversky(Tversky):
+    gamma: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gamma <= 0:
+            raise ValueError(f"gamma must be positive: {self.gamma}")
+
+    def of_classes(self, r: Regions) -> Tensor:
+        loss = super().of_classes(r)
+        # The slope at 0 is infinite for gamma < 1: a perfect class costs 0 and has no gradient.
+        tiny = torch.finfo(loss.dtype).eps
+        return torch.where(loss > tiny, loss.clamp(min=tiny).pow(self.gamma), 0)
+
+
+@dataclass(frozen=True)
+class LogCoshDice(RegionFormula):
+    smooth: float
+
+    def of_classes(self, r: Regions) -> Tensor:
+        # cosh d = 1 + 2 sinh(d / 2)^2, without rounding to 1 where d is small
+        return torch.log1p(2 * (dice(self.smooth).of_classes(r) / 2).sinh().square())
+
+
+@dataclass(frozen=True)
+class SquaredDice(RegionFormula):
+    smooth: float
+    squares = True
+
+    def __post_init__(self) -> None:
+        check_not_negative("smooth", self.smooth)
+
+    def of_classes(self, r: Regions) -> Tensor:
+        return 1 - divide(2 * r.tp + self.smooth, r.squares + self.smooth)
+
+
+@dataclass(frozen=True)
+class GeneralisedDice(RegionFormula):
+    def of_classes(self, r: Regions) -> Tensor:
+        # Relative to the smallest class that is present, so that no square is out of range.
+        least = r.true.where(r.present, torch.inf).amin(-1, keepdim=True)
+        weights = torch.where(r.present, least / r.true, 0).square()
+        if r.class_weights is not None:
+            weights = weights * r.class_weights
+        wrong = (weights * (r.fp + r.fn)).sum(-1, keepdim=True)
+        right = (weights * 2 * r.tp).sum(-1, keepdim=True)
+        return divide(wrong, right + wrong).expand_as(r.tp)
+
+    def weights(self, r: Regions) -> Tensor:
+        # The class weights of what is present are in the ratio already.
+        return torch.where(r.present, 1, r.weights)
+
+
+@dataclass(frozen=True)
+class MCC(RegionFormula):
+    smooth: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smooth < math.inf:
+            raise ValueError(f"smooth must be positive: {self.smooth}")
+
+    def of_classes(self, r: Regions) -> Tensor:
+        counts = (r.tp, r.fp, r.fn, r.valid - r.true - r.fp)
+        tp, fp, fn, tn = (count.clamp(min=0) + self.smooth for count in counts)  # rounding
+        scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()
+        return 1 - (tp * tn - fp * fn) / scale
+
+
 class Regions:
-    """Soft counts of each class, ``(C,)`` of the batch or ``(B, C)`` of each image."""
+    """Soft counts of each class, of each image or pooled to one, ``(b, C)``, and what becomes of
+    the losses of the classes.
 
-    tp: Tensor
-    pred: Tensor
-    true: Tensor
-    valid: Tensor
-    class_weights: Tensor | None
-    per_image: bool
-    absent: str
-    reduction: str
-    sync: bool
-    squares: Tensor
-    """``sum p^2 + sum y^2``, where asked for."""
+    Attributes:
+        counts: FP, TP, FN, the ground truth and perhaps sums of squares, ``(4 or 5, b, C)``.
+    """
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        *,
+        class_weights: Tensor | Sequence[float] | None = None,
+        per_image: bool = False,
+        absent: str = "skip",
+        reduction: str = "mean",
+        sync: bool = False,
+        **_: Any,  # the options of the batch
+    ) -> None:
+        check_choice("absent", absent, Absent)
+        check_choice("reduction", reduction, Reduction)
+        self.batch = statistics.batch
+        self.class_weights = self.batch.per_class(class_weights)
+        self.per_image, self.sync = per_image, sync
+        self.absent, self.reduction = absent, reduction
+        self.counts = self.pool(statistics.counts)
+
+    def pool(self, counts: Tensor) -> Tensor:
+        """Counts ``(*, B, C)`` of each image, or of the batch of all processes, ``(*, 1, C)``."""
+        return counts if self.per_image else world_sum(counts.sum(-2, keepdim=True), self.sync)
 
     @property
     def fp(self) -> Tensor:
-        return self.pred - self.tp
+        return self.counts[0]
+
+    @property
+    def tp(self) -> Tensor:
+        return self.counts[1]
 
     @property
     def fn(self) -> Tensor:
-        return self.true - self.tp
+        return self.counts[2]
 
-    def dice(self, smooth: float) -> Tensor:
-        """The Dice coefficient."""
-        check_not_negative("smooth", smooth)
-        return divide(2 * self.tp + smooth, self.pred + self.true + smooth)
+    @property
+    def true(self) -> Tensor:
+        return self.counts[3]
 
-    def tversky(self, alpha: float, beta: float, smooth: float) -> Tensor:
-        """The Tversky index."""
-        check_not_negative("smooth", smooth)
-        return divide(self.tp + smooth, self.tp + alpha * self.fp + beta * self.fn + smooth)
+    @property
+    def squares(self) -> Tensor:
+        """``sum p^2 + sum y^2``."""
+        return self.counts[4]
 
-    def reduce(self, loss: Tensor) -> Tensor:
-        """The losses of the classes as the options ask: absent classes, weights, reduction."""
-        present = self.true > 0
-        weights = present.to(loss.dtype)
-        loss = torch.where(present, loss, 0)
-        if self.absent == "penalise":
-            loss = torch.where(present, loss, divide(self.pred, self.valid))
-            weights = torch.ones_like(loss)
-        if self.class_weights is not None:
-            weights = weights * self.class_weights
+    @lazy
+    def valid(self) -> Tensor:
+        return self.pool(self.batch.valid())
+
+    @lazy
+    def present(self) -> Tensor:
+        return self.true > 0
+
+    @lazy
+    def weights(self) -> Tensor:
+        """What each class counts in the mean."""
+        weights = torch.ones_like(self.true) if self.absent == "penalise" else self.true.sign()
+        return weights if self.class_weights is None else weights * self.class_weights
+
+    def share(self, weights: Tensor) -> Tensor:
+        """What the losses of the classes are multiplied by in the result, which is their sum."""
+        if self.reduction != "mean":
+            return weights
+        total = weights.sum(-1, keepdim=True)
+        # Without class weights they are counted, and only a count of none must not divide.
+        share = (
+            divide(weights, total)
+            if self.class_weights is not None
+            else weights / total.clamp_(min=1)
+        )
+        if not self.per_image:
+            return share
+        images = weights.new_full((), len(weights))
+        return share * (processes(self.sync) / world_sum(images, self.sync))
+
+    def reduce(self, loss: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The losses of the classes ``(b, C)`` as the options ask."""
+        instead = divide(self.tp + self.fp, self.valid) if self.absent == "penalise" else 0
+        loss = torch.where(self.present, loss, instead)
+        loss = loss * self.share(self.weights if weights is None else weights)
         if self.reduction == "none":
-            return loss * weights
-        total = (loss * weights).sum(-1)
-        if self.reduction == "sum":
-            return total.sum()
-        if self.per_image:
-            return mean_of_sums(total, weights.sum(-1), per_image=True, sync=self.sync)
-        return divide(total, weights.sum(-1))
+            return loss if self.per_image else loss.squeeze(0)
+        return loss.sum()
+
+    def losses(self, formulas: Sequence[RegionFormula]) -> list[Tensor]:
+        """The loss of each formula, those of the Tversky family in closed form."""
+        closed = self.reduction != "none" and self.absent == "skip"
+        family = [f for f in formulas if closed and type(f) is Tversky]
+        values: list[Tensor] = []
+        if family:
+            share = self.share(self.weights)
+            values = list(tversky_losses(self.counts, _numbers(family, share), share).split(1))
+        return [
+            values.pop(0).squeeze(0)
+            if f in family
+            else self.reduce(f.of_classes(self), f.weights(self))
+            for f in formulas
+        ]
 
 
-def regions(
-    logits: Tensor | Statistics,
-    target: Tensor | None,
-    *more: Need,
+def _numbers(family: Sequence[Tversky], like: Tensor) -> Numbers:
+    rows = [(formula.alpha, formula.beta, formula.smooth) for formula in family]
+    if len(rows) == 1:
+        return rows[0]
+    columns = torch.tensor(rows, dtype=like.dtype).t()[..., None, None]
+    return columns.to(like.device, non_blocking=True)
+
+
+def region_batch(logits: Tensor, target: Tensor, options: RegionOptions) -> Batch:
+    """The batch of a loss that counts for itself and leaves the rest to :class:`Regions`."""
+    known = ("mode", "ignore_index", "pixel_weight", "validate")
+    given: Any = {key: value for key, value in options.items() if key in known}
+    return segmentation_batch(logits, target, **given)
+
+
+def _region_loss(
+    formula: RegionFormula,
+    logits: Tensor,
+    target: Tensor,
+    *,
     mode: Mode | None = None,
     ignore_index: int | None = None,
     class_weights: Tensor | Sequence[float] | None = None,
@@ -406,48 +563,43 @@ def regions(
     sync: bool = False,
     validate: bool = False,
     pixel_weight: Tensor | None = None,
-) -> Regions:
-    """Count, or take the counts that are there, and pool them as asked."""
-    check_choice("absent", absent, Absent)
-    check_choice("reduction", reduction, Reduction)
-    s = statistics(
+) -> Tensor:
+    batch = segmentation_batch(
         logits,
         target,
-        ["regions", *more],
         mode=mode,
         ignore_index=ignore_index,
         pixel_weight=pixel_weight,
         validate=validate,
     )
-    squares = s.pred_sq + s.true_sq if "squares" in more else torch.zeros_like(s.true)
-    counts = torch.stack((s.tp, s.pred, s.true, s.batch.valid(), squares))
-    tp, pred, true, valid, squares = pool(counts, per_image=per_image, sync=sync).unbind()
-    weights = s.batch.per_class(class_weights)
-    return Regions(tp, pred, true, valid, weights, per_image, absent, reduction, sync, squares)
+    regions = Regions(
+        measure(batch, formula.needs()),
+        class_weights=class_weights,
+        per_image=per_image,
+        absent=absent,
+        reduction=reduction,
+        sync=sync,
+    )
+    return regions.losses([formula])[0]
 
 
-def pool(counts: Tensor, *, per_image: bool = False, sync: bool = False, **_: Any) -> Tensor:
-    """Counts ``(N, B, C)`` as the options ask: ``(N, C)`` of the batch, or of each image."""
-    return counts if per_image else world_sum(counts.sum(1), sync)
-
-
-def region_batch(logits: Tensor, target: Tensor | None, options: RegionOptions) -> Batch:
-    """The batch of a loss that counts for itself and leaves the rest to :func:`regions`."""
-    if target is None:
-        raise TypeError("the target is missing")
-    known = ("mode", "ignore_index", "pixel_weight", "validate")
-    given: Any = {key: value for key, value in options.items() if key in known}
-    return segmentation_batch(logits, target, **given)
-
-
-class RegionLoss(Loss):
+class RegionLoss(FormulaLoss):
     """A loss that is a formula on the counts of each class."""
 
-    common = staticmethod(regions)
+    common = staticmethod(_region_loss)
     shared = ("mode", "ignore_index", "validate")
 
-    def needs(self) -> list[Need]:
-        return ["regions"]
+    def pooled(self) -> tuple[Any, ...]:
+        """What two losses agree on that count in the same way."""
+        options = self.options
+        names = ("per_image", "absent", "reduction", "sync")
+        return *(options[name] for name in names), options["class_weights"]
+
+    def regions(self, statistics: Statistics) -> Regions:
+        return Regions(statistics, **self.options)
+
+    def evaluate(self, statistics: Statistics) -> Tensor:
+        return self.regions(statistics).losses([self.made()])[0]
 
 
 @register("dice", "segmentation")
@@ -455,6 +607,7 @@ class DiceLoss(RegionLoss):
     """Module form of :func:`dice_loss`."""
 
     function = staticmethod(dice_loss)
+    formula = staticmethod(dice)
 
 
 @register("jaccard", "segmentation")
@@ -462,6 +615,7 @@ class JaccardLoss(RegionLoss):
     """Module form of :func:`jaccard_loss`."""
 
     function = staticmethod(jaccard_loss)
+    formula = staticmethod(jaccard)
 
 
 @register("tversky", "segmentation")
@@ -469,6 +623,7 @@ class TverskyLoss(RegionLoss):
     """Module form of :func:`tversky_loss`."""
 
     function = staticmethod(tversky_loss)
+    formula = Tversky
 
 
 @register("focal_tversky", "segmentation")
@@ -476,6 +631,7 @@ class FocalTverskyLoss(RegionLoss):
     """Module form of :func:`focal_tversky_loss`."""
 
     function = staticmethod(focal_tversky_loss)
+    formula = FocalTversky
 
 
 @register("squared_dice", "segmentation")
@@ -483,9 +639,7 @@ class SquaredDiceLoss(RegionLoss):
     """Module form of :func:`squared_dice_loss`."""
 
     function = staticmethod(squared_dice_loss)
-
-    def needs(self) -> list[Need]:
-        return ["regions", "squares"]
+    formula = SquaredDice
 
 
 @register("generalised_dice", "segmentation")
@@ -493,6 +647,7 @@ class GeneralisedDiceLoss(RegionLoss):
     """Module form of :func:`generalised_dice_loss`."""
 
     function = staticmethod(generalised_dice_loss)
+    formula = GeneralisedDice
 
 
 @register("log_cosh_dice", "segmentation")
@@ -500,6 +655,7 @@ class LogCoshDiceLoss(RegionLoss):
     """Module form of :func:`log_cosh_dice_loss`."""
 
     function = staticmethod(log_cosh_dice_loss)
+    formula = LogCoshDice
 
 
 @register("f1", "segmentation")
@@ -507,6 +663,7 @@ class F1Loss(RegionLoss):
     """Module form of :func:`f1_loss`."""
 
     function = staticmethod(f1_loss)
+    formula = staticmethod(f_measure)
 
 
 @register("mcc", "segmentation")
@@ -514,3 +671,4 @@ class MCCLoss(RegionLoss):
     """Module form of :func:`mcc_loss`."""
 
     function = staticmethod(mcc_loss)
+    formula = MCC

@@ -24,8 +24,8 @@ from detseg_losses import (
     sigmoid_focal_loss,
     tversky_loss,
 )
+from detseg_losses._engine.softmax import _Softmax
 from detseg_losses.pointwise import _Pointwise
-from detseg_losses.statistics import _Softmax
 
 
 def sample() -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""What touches the logits: see README.md in this folder."""

@@ -1,0 +1,88 @@
+r"""The Tversky family in closed form: values and slopes of several losses in a dozen operations.
+
+Dice, Jaccard, Tversky and the F-measure are
+
+.. math:: 1 - \frac{TP + s}{TP + \alpha FP + \beta FN + s}
+    = \frac{\alpha FP + \beta FN}{TP + \alpha FP + \beta FN + s},
+
+the second form without the cancellation of the first. Counts are small tensors: what takes time is
+how many operations there are on them, forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Numbers = tuple[float, float, float] | Tensor
+"""alpha, beta and s of one loss; of T losses as a tensor ``(3, T, 1, 1)``."""
+
+
+def tversky_losses(counts: Tensor, numbers: Numbers, share: Tensor) -> Tensor:
+    """The losses of members of the family, each a weighted sum over the classes, ``(T,)``.
+
+    Args:
+        counts: FP, TP and FN of each class, and what else may follow, ``(3 or more, b, C)``.
+        numbers: alpha, beta and s.
+        share: what each class counts in the sum, ``(b, C)``.
+    """
+    if torch.compiler.is_compiling():
+        return plain(counts, numbers, share)
+    return _Tversky.apply(counts, numbers, share)[0]
+
+
+def plain(counts: Tensor, numbers: Numbers, share: Tensor) -> Tensor:
+    """The same as it is defined: for compilers, and for gradients of gradients."""
+    return (_loss(counts, numbers)[0] * share).sum((1, 2))
+
+
+def _loss(counts: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """The loss of each class and one over its denominator, ``(T, b, C)``; 0 / 0 is 0."""
+    fp, tp, fn = counts[:3].unsqueeze(1)
+    alpha, beta, smooth = numbers
+    if isinstance(numbers, Tensor):
+        wrong = torch.addcmul(alpha * fp, beta, fn)
+    else:
+        wrong = torch.add(alpha * fp, fn, alpha=beta)
+    whole = wrong + tp
+    if isinstance(numbers, Tensor) or smooth:
+        whole = whole + smooth
+    inverse = (whole + (whole == 0)).reciprocal()
+    return wrong * inverse, inverse
+
+
+class _Tversky(torch.autograd.Function):
+    """The losses, and their slopes in the counts."""
+
+    @staticmethod
+    def forward(counts: Tensor, numbers: Numbers, share: Tensor) -> tuple[Tensor, Tensor]:
+        loss, inverse = _loss(counts, numbers)
+        alpha, beta, _ = numbers
+        slopes = loss.new_zeros(len(counts), *loss.shape)
+        loss *= share
+        slopes[1].addcmul_(loss, inverse, value=-1)
+        each = torch.addcmul(slopes[1], inverse, share)  # (1 - loss) / denominator
+        torch.mul(each, alpha, out=slopes[0])
+        torch.mul(each, beta, out=slopes[2])
+        return loss.sum((1, 2)), slopes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        counts, ctx.numbers, share = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(counts, share, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
+        counts, share, slopes = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of the gradient is wanted
+            losses = plain(counts, ctx.numbers, share)
+            return *torch.autograd.grad(losses, counts, grad, create_graph=True), None, None
+        if len(grad) == 1:
+            return slopes[:, 0] * grad, None, None
+        return torch.einsum("t,ktbc->kbc", grad, slopes), None, None
