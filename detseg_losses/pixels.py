@@ -455,8 +455,15 @@ def _pixel_loss(
         validate=validate,
     )
     statistics = measure(batch, formula.needs(), class_weights)
-    options = {"per_image": per_image, "reduction": reduction, "sync": sync}
-    return formula.loss(pixels(statistics, class_weights=class_weights, **options))
+    return formula.loss(
+        pixels(
+            statistics,
+            class_weights=class_weights,
+            per_image=per_image,
+            reduction=reduction,
+            sync=sync,
+        )
+    )
 
 
 def pixels(

@@ -163,50 +163,6 @@ def column(weights: Any) -> Any:
     return weights.unsqueeze(-1) if isinstance(weights, Tensor) and weights.dim() == 1 else weights
 
 
-@dataclass(frozen=True)
-class TruePositive(Formula):
-    """The probability where the target says yes."""
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p * y
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread * y
-
-
-@dataclass(frozen=True)
-class FalsePositive(Formula):
-    """The probability where the target says no."""
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p * (1 - y)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread * (1 - y)
-
-
-@dataclass(frozen=True)
-class FalseNegative(Formula):
-    """What the probability lacks where the target says yes."""
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.q * y
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread * -y
-
-
-@dataclass(frozen=True)
-class Squared(Formula):
-    """The square of the probability."""
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p * s.p
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return 2 * s.p * s.spread
-
-
 def pointwise(
     batch: Batch,
     sums: Sequence[Formula] = (),

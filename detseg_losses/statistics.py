@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._engine.sigmoid import sigmoid_counts
 from ._engine.softmax import Wants, softmax_statistics, sums_by_label
 from .layout import Batch
-from .pointwise import FalseNegative, FalsePositive, Formula, Squared, TruePositive, pointwise
+from .pointwise import Formula, pointwise
 
 Need = Literal["regions", "squares", "nll", "smooth"] | Formula
 """What a loss asks of a batch: region counts, one of the maps, or the sums of a formula."""
@@ -70,14 +71,10 @@ def measure(
             "or a model with a channel for each class"
         )
     elif "regions" in needs:
-        formulas += [FalsePositive(), TruePositive(), FalseNegative()]
-        formulas += [Squared()] if "squares" in needs else []
+        tensors = batch.logits, batch.target, batch.weight
+        result.counts = sigmoid_counts(*tensors, squares="squares" in needs)
     if formulas:
         result.sums = dict(zip(formulas, pointwise(batch, formulas), strict=True))
-    if "regions" in needs and batch.mode != "multiclass":
-        sums = [result.sums[f()] for f in (FalsePositive, TruePositive, FalseNegative)]
-        squares = [result.sums[Squared()]] if "squares" in needs else []
-        result.counts = torch.stack([*sums, ground_truth(batch), *squares])
     if "squares" in needs:
         result.counts = torch.cat((result.counts[:4], result.counts[4:] + ground_truth(batch, 2)))
     return result

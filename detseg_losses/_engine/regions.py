@@ -41,14 +41,15 @@ def plain(counts: Tensor, numbers: Numbers, share: Tensor) -> Tensor:
 def _loss(counts: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """The loss of each class and one over its denominator, ``(T, b, C)``; 0 / 0 is 0."""
     fp, tp, fn = counts[:3].unsqueeze(1)
-    alpha, beta, smooth = numbers
     if isinstance(numbers, Tensor):
+        alpha, beta, smooth = numbers
         wrong = torch.addcmul(alpha * fp, beta, fn)
+        whole = wrong + tp + smooth
     else:
-        wrong = torch.add(alpha * fp, fn, alpha=beta)
-    whole = wrong + tp
-    if isinstance(numbers, Tensor) or smooth:
-        whole = whole + smooth
+        wrong = torch.add(numbers[0] * fp, fn, alpha=numbers[1])
+        whole = wrong + tp
+        if numbers[2]:
+            whole = whole + numbers[2]
     inverse = (whole + (whole == 0)).reciprocal()
     return wrong * inverse, inverse
 

@@ -96,10 +96,10 @@ def plain(
     else:  # compared, which a compiler fuses with all else
         y = (index == torch.arange(x.shape[1], device=x.device).unsqueeze(1)).to(x.dtype)
     nll = smooth = counts = None
-    if wants.nll and index is None:
-        nll = _expected(log_p, _weighted(y, class_weights), ignored)
-    elif wants.nll:  # looked up, which stops at labels that do not exist
+    if wants.nll and index is not None:  # looked up, which stops at labels that do not exist
         nll = _counted(log_p.gather(1, index).squeeze(1).neg(), ignored)
+    elif wants.nll:
+        nll = _expected(log_p, _weighted(y, class_weights), ignored)
     if wants.smooth:
         smooth = _expected(log_p, _weighted(torch.ones_like(y), class_weights), ignored)
     if wants.counts:
@@ -169,12 +169,12 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 4
-        tensors, grads = ctx.saved_tensors, grads[:-1]
+        logits, target, weight, class_weights = ctx.saved_tensors
+        grads = grads[:-1]
         if all(grad is None for grad in grads):
             return None, *nothing
-        logits = tensors[0]
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
-            statistics = plain(*tensors, ctx.wants)
+            statistics = plain(logits, target, weight, class_weights, ctx.wants)
             pairs = [(s, g) for s, g in zip(statistics, grads, strict=True) if g is not None]
             outputs, factors = zip(*pairs, strict=True)
             return *torch.autograd.grad(outputs, logits, factors, create_graph=True), *nothing
@@ -184,7 +184,7 @@ class _Softmax(torch.autograd.Function):
         if result is None:
             result = _like(logits)
         for tile in blocks(logits, IMAGES):
-            block = _Block(tile, *tensors, result)
+            block = _Block(tile, logits, target, weight, class_weights, result)
             if not known:
                 block.forward(None, None, None)
             nll, smooth, counts = grads
@@ -236,9 +236,9 @@ class _Block:
         if self.y is not None and self.ignored is not None:
             self.y = self.y.masked_fill(self.ignored, 0)
 
-    def likely(self, nll: bool) -> Tensor:
+    def likely(self, nll: bool) -> Any:
         """What the log likelihoods are multiplied by, ``(b, C, n)`` or ``(C, 1)``."""
-        y = self.y if nll else self.p.new_ones(self.p.shape[1], 1)
+        y: Any = self.y if nll else self.p.new_ones(self.p.shape[1], 1)
         return y if self.class_weights is None else y * self.class_weights.unsqueeze(1)
 
     def forward(self, nll: Tensor | None, smooth: Tensor | None, counts: Tensor | None) -> None:
