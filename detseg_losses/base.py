@@ -7,16 +7,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checks import Reduction as Reduction
+from .checks import check_choice as check_choice
+from .checks import check_options
+from .checks import in_blocks as in_blocks
 from .memory import empty_like
 
 Kind = Literal["classification", "boxes", "deltas", "distribution", "segmentation"]
-Reduction = Literal["none", "mean", "sum"]
 
 # Elements of one block on the CPU. A block and the handful of temporaries made from it stay in
 # the caches, so that a long chain of operations reads the logits from memory once.
@@ -94,6 +97,7 @@ class Loss(nn.Module):
     Raises:
         TypeError: on an option that the function does not have, a value that is not True or False
             where one is wanted, or a ramp for what is not a number.
+        ValueError: on a value that the option cannot have, see :data:`detseg_losses.checks.RULES`.
     """
 
     name: ClassVar[str]
@@ -119,13 +123,11 @@ class Loss(nn.Module):
                 raise TypeError(
                     f"{self.name} has no option {option!r}; it has {', '.join(sorted(self.known))}"
                 )
-            if option == "reduction":
-                check_choice("reduction", value, Reduction)
             if isinstance(value, Ramp) and type(self.known[option]) is not float:
                 raise TypeError(f"{option!r} of {self.name} cannot be on a ramp, only a number can")
-            if type(self.known[option]) is bool and type(value) is not bool:
-                raise TypeError(f"{option!r} of {self.name} is True or False, not {value!r}")
-            if isinstance(value, (list, tuple, Tensor)):
+            for each in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+                check_options({option: each}, getattr(type(self).function, "rules", {}))
+            if isinstance(value, (list, tuple, Tensor)) or len(getattr(value, "shape", ())) > 0:
                 # A buffer follows the module to its device; not persistent, so that an adapted
                 # model keeps the keys of its state_dict.
                 value = torch.as_tensor(value, dtype=torch.float32)
@@ -214,21 +216,10 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     return total if reduction == "sum" else total / max(values.numel(), 1)
 
 
-def check_choice(option: str, value: object, choices: Any) -> None:
-    """Raise a ValueError that names ``option`` unless ``value`` is one of a Literal's choices."""
-    if value not in get_args(choices):
-        raise ValueError(f"{option} must be one of {get_args(choices)}, not {value!r}")
-
-
-def check_not_negative(option: str, value: float) -> None:
-    """Raise a ValueError that names ``option`` unless its value is 0 or more."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{option} must not be negative or infinite: {value}")
-
-
 def as_weights(value: Any) -> Any:
     """Numbers of classes as a tensor; a tensor, a number or None as it is."""
-    return torch.tensor(value, dtype=torch.float32) if isinstance(value, Sequence) else value
+    many = isinstance(value, Sequence) or len(getattr(value, "shape", ())) > 0
+    return torch.as_tensor(value, dtype=torch.float32) if many else value
 
 
 def class_balanced_weights(counts: Tensor | Sequence[float], beta: float = 0.999) -> Tensor:
@@ -288,14 +279,6 @@ class lazy:
 def has_graph(tensor: Tensor) -> bool:
     """Whether autograd records what is done with a tensor."""
     return tensor.requires_grad and torch.is_grad_enabled()
-
-
-def in_blocks(tensor: Tensor) -> bool:
-    """Whether to compute block by block and to look at values: the one place where the library
-    asks for the device. Anywhere but on the CPU kernels should be few and large, and a look at a
-    value would make the device wait.
-    """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Block(NamedTuple):
@@ -365,6 +348,23 @@ def processes(sync: bool) -> int:
 def world_sum(values: Tensor, sync: bool) -> Tensor:
     """The sum over all processes where ``sync`` asks for it; autograd flows through it."""
     return values if processes(sync) == 1 else _AllReduce.apply(values)
+
+
+def gather(values: Tensor, sync: bool) -> tuple[list[Tensor], int]:
+    """Values ``(*, N)`` of all processes where ``sync`` asks for it, and which are those of this
+    one. N may differ; nothing else may. They are constants, for no gradient flows through them.
+    """
+    count = processes(sync)
+    if count == 1:
+        return [values], 0
+    lengths = [torch.tensor(0, device=values.device) for _ in range(count)]
+    dist.all_gather(lengths, torch.tensor(values.shape[-1], device=values.device))
+    ends = [int(length) for length in lengths]
+    padded = values.new_zeros(*values.shape[:-1], max(ends))  # which is what backends can gather
+    padded[..., : values.shape[-1]] = values
+    found = [torch.empty_like(padded) for _ in range(count)]
+    dist.all_gather(found, padded)
+    return [each[..., :end] for each, end in zip(found, ends, strict=True)], dist.get_rank()
 
 
 class _AllReduce(torch.autograd.Function):

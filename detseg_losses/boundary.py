@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import BLOCK, Loss, divide, in_blocks, register
-from .layout import check_constant
+from .base import BLOCK, Loss, divide, register
+from .checks import (
+    RULES,
+    check_constant,
+    check_options,
+    check_tensors,
+    checked,
+    in_blocks,
+    read_target,
+)
 from .regions import RegionOptions, Regions, _region_loss, region_batch
 from .statistics import weighted_counts
 
 
+@checked()
 def boundary_loss(
     logits: Tensor,
     target: Tensor,
     *,
     distance: Tensor | None = None,
+    spacing: Tensor | Sequence[float] | float = 1.0,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
     r"""The mean over the pixels of the probability times the signed distance to the boundary of
@@ -35,6 +47,8 @@ def boundary_loss(
         distance: the signed distances in pixels, of the logits' shape, where a data loader has
             computed them with :func:`signed_distance`; else they are computed here, in a time that
             grows as the number of pixels times the sides of the image.
+        spacing: how far apart two pixels are, one length for each dimension or one for all;
+            disregarded where the ``distance`` is given.
         **options: see :class:`~detseg_losses.regions.RegionOptions`.
 
     Raises:
@@ -45,7 +59,7 @@ def boundary_loss(
     if distance is None:
         masks = batch.masks()
         others = ~masks if batch.weight is None else ~masks & (batch.weight != 0)
-        distance = _signed(batch.spatial(masks), batch.spatial(others), batch.dtype)
+        distance = _signed(batch.spatial(masks), batch.spatial(others), spacing, batch.dtype)
     elif distance.shape != logits.shape:
         raise ValueError(
             f"distance {tuple(distance.shape)} does not fit logits {tuple(logits.shape)}"
@@ -56,56 +70,118 @@ def boundary_loss(
 
 
 def signed_distance(
-    target: Tensor, classes: int | None = None, *, ignore_index: int | None = None
+    target: Tensor,
+    classes: int | None = None,
+    *,
+    ignore_index: int | None = None,
+    spacing: Tensor | Sequence[float] | float = 1.0,
 ) -> Tensor:
-    """The exact Euclidean distance of each pixel to the boundary of each class, in pixels.
+    """The exact Euclidean distance of each pixel to the boundary of each class.
 
-    A pixel outside is as far as the nearest pixel inside; a pixel inside as far below 1 as the
-    nearest outside, so that the outermost pixels of a class have about 0. It is 0 everywhere where
-    an image has no pixel of the class, or no other. A pixel that is ignored is neither inside nor
-    outside of any class.
+    A pixel outside is as far as the nearest pixel inside; a pixel inside as far below the least
+    spacing as the nearest outside, so that the outermost pixels of a class have about 0. It is 0
+    everywhere where an image has no pixel of the class, or no other. A pixel that is ignored is
+    neither inside nor outside of any class.
 
     Args:
-        target: class indices, ``(B, *)``; or with ``classes=None`` masks, ``(B, C, *)``.
+        target: class indices, ``(B, *)``; or with ``classes=None`` masks, ``(B, C, *)``, whose
+            values from 0 to 1 are rounded.
         classes: the number of classes.
         ignore_index: label of the pixels that are ignored.
+        spacing: how far apart two pixels are, one length for each dimension of the image or one
+            for all; such as ``(5, 1, 1)`` in mm where the slices of a scan are 5 mm apart.
 
     Returns:
-        ``(B, C, *)``, float32.
+        ``(B, C, *)``, float32, in the unit of the spacing; pixels without one.
+
+    Raises:
+        TypeError: on a target that is not a tensor.
+        ValueError: on a label out of range, a mask with other values, a spacing that is not
+            positive or has another number of dimensions.
     """
-    target = target.long() if target.dtype != torch.bool else target
-    kept = None if ignore_index is None else target != ignore_index
+    check_tensors(target=target)
+    check_options({"ignore_index": ignore_index, "spacing": spacing}, RULES)
+    labels = None if classes is None else range(classes)
+    target, kept = read_target(target, labels, ignore_index)
     if classes is None:
-        inside = target > 0 if kept is None else (target > 0) & kept
+        inside = target if target.dtype == torch.bool else target > 0.5
     else:
-        inside = torch.stack([target == c for c in range(classes)], 1)
-        if kept is not None:
-            kept = kept.unsqueeze(1)
-            inside = inside & kept
-    return _signed(inside, ~inside if kept is None else ~inside & kept, torch.float32)
+        each = torch.arange(classes, device=target.device).view(-1, *[1] * (target.dim() - 1))
+        inside = target.unsqueeze(1) == each
+        kept = None if kept is None else kept.unsqueeze(1)
+    if kept is None:
+        return _signed(inside, ~inside, spacing, torch.float32)
+    return _signed(inside & kept, ~inside & kept, spacing, torch.float32)
 
 
-def _signed(inside: Tensor, outside: Tensor, dtype: torch.dtype) -> Tensor:
+def _signed(
+    inside: Tensor, outside: Tensor, spacing: Tensor | Sequence[float] | float, dtype: torch.dtype
+) -> Tensor:
     """The signed distance from masks ``(B, C, *)``."""
-    to_inside, to_outside = (_distance(mask, dtype) for mask in (inside, outside))
-    signed = torch.where(inside, 1 - to_outside, to_inside)
+    lengths = torch.as_tensor(spacing, dtype=dtype, device=inside.device)
+    dims = inside.dim() - 2
+    if dims and lengths.dim() and len(lengths) != dims:
+        raise ValueError(f"spacing {lengths.tolist()} does not fit an image of {dims} dimensions")
+    if not dims:  # one place has no boundary
+        return torch.zeros(inside.shape, dtype=dtype, device=inside.device)
+    lengths = lengths.expand(dims)
+    if in_blocks(inside) and inside.numel():
+        result = torch.zeros(inside.shape, dtype=dtype)
+        there = inside.flatten(2).any(-1) & outside.flatten(2).any(-1)
+        for image, c in there.nonzero().tolist():  # the classes that have a boundary
+            one = image, slice(c, c + 1)
+            result[one] = _signed_by(_distance, inside[one], outside[one], lengths)
+        return result
+    return _signed_by(_distance_in_few_steps, inside, outside, lengths)
+
+
+def _signed_by(
+    measure: Callable[[Tensor, Tensor], Tensor], inside: Tensor, outside: Tensor, lengths: Tensor
+) -> Tensor:
+    to_inside, to_outside = measure(inside, lengths), measure(outside, lengths)
+    signed = torch.where(inside, lengths.amin() - to_outside, to_inside)
     return signed.masked_fill((to_inside + to_outside).isinf(), 0)
 
 
-def _distance(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of each place of ``(B, C, *)`` to the nearest that the mask holds, or inf.
+def _distance(mask: Tensor, lengths: Tensor) -> Tensor:
+    """The distance of each place of ``(N, *)`` to the nearest that the mask holds, or inf.
 
-    The square of it is a minimum along one dimension after the other.
+    The square of it is a minimum along one dimension after the other, over places that are ever
+    farther away, as long as one could be nearer than what was found.
     """
-    square = torch.where(mask, 0, torch.inf).to(dtype)
+    square = torch.where(mask, 0, torch.inf).to(lengths.dtype)
+    for dim, length in enumerate(lengths.tolist(), 1):
+        lines = square.movedim(dim, 0).reshape(mask.shape[dim], -1)
+        width = max(1, BLOCK // 8 // len(lines))  # of lines that caches hold with their minimum
+        found = [_nearest(part.contiguous(), length) for part in lines.split(width, 1)]
+        shape = square.movedim(dim, 0).shape
+        square = torch.cat(found, 1).view(shape).movedim(0, dim)
+    return square.sqrt()
+
+
+def _nearest(lines: Tensor, length: float) -> Tensor:
+    """The least ``lines[j] + ((i - j) * length) ** 2`` for each i, of lines ``(L, N)``."""
+    nearest = lines.clone()
+    scratch = torch.empty_like(lines)
+    for step in range(1, len(lines)):
+        far = (step * length) ** 2
+        if far >= nearest.max():
+            break
+        for from_, to in ((lines[:-step], nearest[step:]), (lines[step:], nearest[:-step])):
+            torch.minimum(to, torch.add(from_, far, out=scratch[step:]), out=to)
+    return nearest
+
+
+def _distance_in_few_steps(mask: Tensor, lengths: Tensor) -> Tensor:
+    """The same of ``(B, C, *)`` in few large steps, without a look at a value."""
+    square = torch.where(mask, 0, torch.inf).to(lengths.dtype)
     if not mask.numel():
         return square
-    # As many places at a time as caches hold; elsewhere, and in a graph, few large steps.
-    step = max(1, (4 if in_blocks(mask) else 256) * BLOCK // mask.numel())
+    step = max(1, 64 * BLOCK // mask.numel())
     for dim in range(2, mask.dim()):
         lines = square.movedim(dim, 0).contiguous()
-        place = torch.arange(len(lines), dtype=dtype, device=mask.device)
-        gaps = (place.unsqueeze(1) - place).square()
+        place = torch.arange(len(lines), dtype=lines.dtype, device=mask.device)
+        gaps = ((place.unsqueeze(1) - place) * lengths[dim - 2]).square()
         gaps = gaps.view(*gaps.shape, *[1] * (mask.dim() - 1))
         nearest = [(lines.unsqueeze(1) + gap).amin(0) for gap in gaps.split(step, 1)]
         square = torch.cat(nearest).movedim(0, dim)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, Reduction, check_choice, compute_dtype, divide, reduce, register
+from .base import Loss, compute_dtype, divide, reduce, register
+from .checks import POSITIVE, Choice, check_tensors, checked
 
 IoUMode = Literal["linear", "log", "square"]
 
@@ -32,6 +33,7 @@ class BoxOptions(TypedDict, total=False):
     validate: bool
 
 
+@checked(mode=Choice(IoUMode))
 def iou_loss(
     boxes1: Tensor,
     boxes2: Tensor,
@@ -59,13 +61,13 @@ def iou_loss(
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
-    check_choice("mode", mode, IoUMode)
     pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
     if mode == "log":
         return pair.reduce(-pair.iou.clamp(min=1e-6).log())
     return pair.reduce(1 - (pair.iou if mode == "linear" else pair.iou.square()))
 
 
+@checked()
 def generalized_box_iou_loss(
     boxes1: Tensor,
     boxes2: Tensor,
@@ -96,6 +98,7 @@ def generalized_box_iou_loss(
     return pair.reduce(1 - pair.iou + divide(area - pair.union, area + pair.eps))
 
 
+@checked()
 def distance_box_iou_loss(
     boxes1: Tensor,
     boxes2: Tensor,
@@ -125,6 +128,7 @@ def distance_box_iou_loss(
     return pair.reduce(1 - pair.iou + pair.distance())
 
 
+@checked()
 def complete_box_iou_loss(
     boxes1: Tensor,
     boxes2: Tensor,
@@ -158,6 +162,7 @@ def complete_box_iou_loss(
     return pair.reduce(1 - pair.iou + pair.distance() + alpha * v)
 
 
+@checked()
 def eiou_loss(boxes1: Tensor, boxes2: Tensor, **options: Unpack[BoxOptions]) -> Tensor:
     r"""Efficient IoU (Zhang et al., arXiv:2101.08158), between 0 and 4.
 
@@ -180,6 +185,7 @@ def eiou_loss(boxes1: Tensor, boxes2: Tensor, **options: Unpack[BoxOptions]) -> 
     return pair.reduce(pair.efficient())
 
 
+@checked()
 def focal_eiou_loss(
     boxes1: Tensor, boxes2: Tensor, *, gamma: float = 0.5, **options: Unpack[BoxOptions]
 ) -> Tensor:
@@ -201,12 +207,11 @@ def focal_eiou_loss(
     Raises:
         ValueError: on a negative or infinite gamma, or shapes that differ or do not end in 4.
     """
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma must not be negative or infinite: {gamma}")
     pair = _Pair(boxes1, boxes2, 0, **options)
     return pair.reduce(pair.iou.detach().pow(gamma) * pair.efficient())
 
 
+@checked()
 def siou_loss(
     boxes1: Tensor, boxes2: Tensor, *, theta: float = 4.0, **options: Unpack[BoxOptions]
 ) -> Tensor:
@@ -234,7 +239,6 @@ def siou_loss(
         ValueError: on a theta that is not positive and finite, or shapes that differ or do not end
             in 4.
     """
-    _check_positive("theta", theta)
     pair = _Pair(boxes1, boxes2, 0, **options)
     dx, dy = pair.offset
     # The smallest number bounds the slope of concentric boxes, whose angle is none.
@@ -250,6 +254,7 @@ def siou_loss(
     return pair.reduce(loss)
 
 
+@checked()
 def mpdiou_loss(
     boxes1: Tensor,
     boxes2: Tensor,
@@ -280,10 +285,10 @@ def mpdiou_loss(
     pair = _Pair(boxes1, boxes2, 0, **options)
     if diagonal is None:
         return pair.reduce(1 - pair.iou + divide(pair.corners(), pair.diagonal()))
-    _check_positive("diagonal", diagonal)
     return pair.reduce(1 - pair.iou + pair.corners() * (pair.unit / diagonal).square())
 
 
+@checked(alpha=POSITIVE)
 def wiou_loss(
     boxes1: Tensor,
     boxes2: Tensor,
@@ -320,20 +325,17 @@ def wiou_loss(
         ValueError: on an alpha, delta or mean that is not positive and finite, or shapes that
             differ or do not end in 4.
     """
-    _check_positive("alpha", alpha)
-    _check_positive("delta", delta)
     pair = _Pair(boxes1, boxes2, 0, **options)
     dx, dy = pair.offset
     square = dx.square() + dy.square()
     loss = divide(square, pair.diagonal().detach()).exp() * (1 - pair.iou)
     if mean is not None:
-        if not isinstance(mean, Tensor):
-            _check_positive("mean", mean)
         beta = (1 - pair.iou.detach()) / mean
         loss = beta / delta * alpha ** (delta - beta) * loss
     return pair.reduce(loss)
 
 
+@checked(alpha=POSITIVE)
 def alpha_iou_loss(
     boxes1: Tensor, boxes2: Tensor, *, alpha: float = 3.0, **options: Unpack[BoxOptions]
 ) -> Tensor:
@@ -354,11 +356,11 @@ def alpha_iou_loss(
         ValueError: on an alpha that is not positive and finite, or shapes that differ or do not
             end in 4.
     """
-    _check_positive("alpha", alpha)
     pair = _Pair(boxes1, boxes2, 0, **options)
     return pair.reduce(1 - _power(pair.iou, alpha))
 
 
+@checked()
 def nwd_loss(
     boxes1: Tensor, boxes2: Tensor, *, constant: float = 12.8, **options: Unpack[BoxOptions]
 ) -> Tensor:
@@ -383,7 +385,6 @@ def nwd_loss(
         ValueError: on a constant that is not positive and finite, or shapes that differ or do not
             end in 4.
     """
-    _check_positive("constant", constant)
     pair = _Pair(boxes1, boxes2, 0, **options)
     square = pair.corners() / 2  # which is W^2, in other coordinates
     length = torch.where(square > 0, square, 1).sqrt() * (pair.unit / constant)
@@ -405,7 +406,7 @@ class _Pair:
         reduction: str = "none",
         validate: bool = False,
     ) -> None:
-        check_choice("reduction", reduction, Reduction)
+        check_tensors(boxes1=boxes1, boxes2=boxes2)
         if boxes1.shape != boxes2.shape or boxes1.shape[-1:] != (4,):
             raise ValueError(
                 f"boxes must have one shape (*, 4): {tuple(boxes1.shape)}, {tuple(boxes2.shape)}"
@@ -482,11 +483,6 @@ def _angle(size: tuple[Tensor, ...]) -> Tensor:
     width, height = size
     point = (width == 0) & (height == 0)
     return torch.where(point, math.pi / 4, torch.atan2(width, torch.where(point, 1, height)))
-
-
-def _check_positive(option: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{option} must be positive and finite: {value}")
 
 
 def _check_boxes(name: str, boxes: Tensor) -> None:

@@ -8,7 +8,6 @@ With a ``mode`` the inputs are the logits ``(B, C, *)`` of a segmentation model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
@@ -19,18 +18,16 @@ from typing_extensions import Unpack
 
 from .base import (
     FormulaLoss,
-    Reduction,
     as_weights,
     blocks,
-    check_choice,
-    check_not_negative,
     divide,
-    in_blocks,
     mean_of_sums,
+    processes,
     register,
     world_sum,
 )
-from .layout import Batch, Mode, detection_batch, segmentation_batch
+from .checks import Mode, balance, checked
+from .layout import Batch, detection_batch, segmentation_batch
 from .pointwise import Formula, Label, Sigmoid, column, mix, pointwise, power, spend
 from .statistics import Need, Statistics
 
@@ -43,11 +40,14 @@ class ClassificationOptions(TypedDict, total=False):
         ignore_index: label that is left out of sums and means; -2 by default among class indices.
         class_weights: weight of each class, ``(K,)``; a mean is the weighted one.
         per_image: average each image, then the images.
-        sync: the mean over all processes.
+        sync: the batch is that of all processes: scaled so that the average of their gradients is
+            that of one process.
         validate: check the labels also where that makes the device wait.
-        weight: weight of each row or entry, broadcast to ``(*)`` or ``(*, K)``, or of each pixel,
-            ``(B, *)``; a mean is the weighted one, and a weight of 0 leaves out.
-        pixel_weight: the same, by the name that it has in the other segmentation losses.
+        weight: weight of each row or entry, broadcast to ``(*)`` or ``(*, K)``; with a ``mode`` of
+            each pixel, ``(B, *)``, or entry, ``(B, C, *)``. A mean is the weighted one, and a
+            weight of 0 leaves out.
+        pixel_weight: weight of each pixel, by the name that it has in the other segmentation
+            losses; in place of ``weight``.
     """
 
     mode: Mode | None
@@ -60,6 +60,7 @@ class ClassificationOptions(TypedDict, total=False):
     pixel_weight: Tensor | None
 
 
+@checked(alpha=balance)
 def sigmoid_focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -93,6 +94,7 @@ def sigmoid_focal_loss(
     return _sigmoid_loss(Focal(as_weights(alpha), gamma), inputs, targets, reduction, **options)
 
 
+@checked()
 def binary_cross_entropy_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -121,6 +123,7 @@ def binary_cross_entropy_loss(
     )
 
 
+@checked()
 def quality_focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -153,6 +156,7 @@ def quality_focal_loss(
     return _sigmoid_loss(QualityFocal(beta), inputs, targets, reduction, **options)
 
 
+@checked()
 def varifocal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -190,6 +194,7 @@ def varifocal_loss(
     return _sigmoid_loss(Varifocal(alpha, gamma), inputs, targets, reduction, **options)
 
 
+@checked()
 def asymmetric_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -228,6 +233,7 @@ def asymmetric_loss(
     return _sigmoid_loss(formula, inputs, targets, reduction, **options)
 
 
+@checked(alpha=balance)
 def poly_focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -263,6 +269,7 @@ def poly_focal_loss(
     return _sigmoid_loss(formula, inputs, targets, reduction, **options)
 
 
+@checked()
 def ghm_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -327,17 +334,6 @@ class Focal(Formula):
     alpha: Tensor | float | None
     gamma: float
 
-    def __post_init__(self) -> None:
-        if isinstance(self.alpha, (int, float)) and not (self.alpha == -1 or 0 <= self.alpha <= 1):
-            raise ValueError(f"alpha must be in [0, 1], or -1 or None for no weight: {self.alpha}")
-        check_not_negative("gamma", self.gamma)
-
-    def fitted(self, batch: Batch) -> Formula:
-        alpha = self.alpha
-        if isinstance(alpha, Tensor) and in_blocks(alpha) and (alpha > 1).any():
-            raise ValueError(f"alpha must be in [0, 1]: {alpha.tolist()}")
-        return super().fitted(batch)
-
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         ce = s.cross_entropy(y)
         return power(s.missed(y), self.gamma, self.weight(y)) * ce
@@ -371,9 +367,6 @@ class Focal(Formula):
 class QualityFocal(Formula):
     beta: float
 
-    def __post_init__(self) -> None:
-        check_not_negative("beta", self.beta)
-
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return power(s.error(y).abs(), self.beta) * s.cross_entropy(y)
 
@@ -392,10 +385,6 @@ class Varifocal(Formula):
     alpha: float
     gamma: float
 
-    def __post_init__(self) -> None:
-        check_not_negative("alpha", self.alpha)
-        check_not_negative("gamma", self.gamma)
-
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         if isinstance(y, Tensor):
             return torch.where(y > 0, y * s.cross_entropy(y), self.value(s, 0))
@@ -412,12 +401,6 @@ class Asymmetric(Formula):
     gamma_neg: float
     gamma_pos: float
     margin: float
-
-    def __post_init__(self) -> None:
-        check_not_negative("gamma_neg", self.gamma_neg)
-        check_not_negative("gamma_pos", self.gamma_pos)
-        if not 0 <= self.margin <= 1:
-            raise ValueError(f"margin must be in [0, 1]: {self.margin}")
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         if isinstance(y, Tensor):
@@ -450,11 +433,6 @@ class Asymmetric(Formula):
 class PolyFocal(Focal):
     epsilon: float
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not -1 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon must not be below -1 or infinite: {self.epsilon}")
-
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         return self.both(s, y)[0]
 
@@ -472,10 +450,6 @@ class Harmonised(Formula):
 
     bins: int
     sync: bool
-
-    def __post_init__(self) -> None:
-        if self.bins < 1:
-            raise ValueError(f"bins must be 1 or more: {self.bins}")
 
     def fitted(self, batch: Batch) -> Formula:
         counts = world_sum(self.counts(batch), self.sync)
@@ -541,6 +515,7 @@ def index_of(found: Tensor, bins: int) -> Tensor:
     return found.long().clamp_(0, bins - 1)
 
 
+@checked()
 def _sigmoid_loss(
     formula: Formula,
     inputs: Tensor,
@@ -556,13 +531,21 @@ def _sigmoid_loss(
     weight: Tensor | None = None,
     pixel_weight: Tensor | None = None,
 ) -> Tensor:
-    check_choice("reduction", reduction, Reduction)
-    weight = pixel_weight if weight is None else weight
-    given: Any = {"ignore_index": ignore_index, "validate": validate}
     if mode is None:
-        batch = detection_batch(inputs, targets, weight=weight, **given)
+        weight = pixel_weight if weight is None else weight
+        batch = detection_batch(
+            inputs, targets, ignore_index=ignore_index, weight=weight, validate=validate
+        )
     else:
-        batch = segmentation_batch(inputs, targets, mode=mode, pixel_weight=weight, **given)
+        batch = segmentation_batch(
+            inputs,
+            targets,
+            mode=mode,
+            ignore_index=ignore_index,
+            pixel_weight=pixel_weight,
+            weight=weight,
+            validate=validate,
+        )
     if reduction == "none":
         return _map(formula, batch, class_weights)
     (sums,) = pointwise(batch, [formula], per_class=class_weights is not None)
@@ -580,7 +563,7 @@ def _reduce(
     each = _each(batch, class_weights)
     sums = (sums * each).sum(-1)
     if reduction == "sum":
-        return sums.sum()
+        return sums.sum() * processes(sync)
     return mean_of_sums(sums, (batch.valid() * each).sum(-1), per_image=per_image, sync=sync)
 
 

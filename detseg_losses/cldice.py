@@ -9,11 +9,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import WHOLE, Loss, divide, register
+from .checks import checked
 from .layout import Part
 from .regions import RegionOptions, Regions, _region_loss, region_batch
 from .statistics import measure
 
 
+@checked()
 def cldice_loss(
     logits: Tensor,
     target: Tensor,
@@ -45,8 +47,6 @@ def cldice_loss(
         ValueError: on iterations below 0, shapes that do not fit, a mode that cannot be told, or a
             label out of range.
     """
-    if iterations < 0:
-        raise ValueError(f"iterations must not be negative: {iterations}")
     batch = region_batch(logits, target, options)
     batch.target = batch.masks()
     part = Part(WHOLE, batch.logits, batch.target, batch.weight)
@@ -67,7 +67,8 @@ def cldice_loss(
 def skeleton(mask: Tensor, iterations: int) -> Tensor:
     """The soft skeleton of masks ``(B, C, *)`` with values in [0, 1]."""
     result = _lost(mask)
-    for _ in range(iterations):
+    # After as many steps as the image has, from corner to corner, nothing is left to erode.
+    for _ in range(min(iterations, sum(mask.shape[2:]))):
         mask = _eroded(mask)
         lost = _lost(mask)
         result = result + lost - result * lost

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .base import Loss, compute_dtype, reduce, register
+from .checks import POSITIVE, check_tensors, checked
 
 
+@checked()
 def l1_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     r"""Absolute error.
 
@@ -28,6 +30,7 @@ def l1_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     return reduce(_difference(inputs, targets).abs(), reduction)
 
 
+@checked()
 def smooth_l1_loss(
     inputs: Tensor, targets: Tensor, reduction: str = "mean", beta: float = 1.0
 ) -> Tensor:
@@ -46,14 +49,13 @@ def smooth_l1_loss(
     Raises:
         ValueError: on shapes that differ or a negative beta.
     """
-    if beta < 0:
-        raise ValueError(f"beta must not be negative: {beta}")
     if beta == 0:
         return l1_loss(inputs, targets, reduction)
     size = _size(inputs, targets)
     return reduce(torch.where(size < beta, size.square() / (2 * beta), size - beta / 2), reduction)
 
 
+@checked()
 def mse_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     r"""Squared error.
 
@@ -72,6 +74,7 @@ def mse_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor
     return reduce(_difference(inputs, targets).square(), reduction)
 
 
+@checked(delta=POSITIVE)
 def huber_loss(
     inputs: Tensor, targets: Tensor, reduction: str = "mean", delta: float = 1.0
 ) -> Tensor:
@@ -93,14 +96,13 @@ def huber_loss(
     Raises:
         ValueError: on shapes that differ or a delta that is not positive.
     """
-    if not delta > 0:
-        raise ValueError(f"delta must be positive: {delta}")
     size = _size(inputs, targets)
     return reduce(
         torch.where(size < delta, size.square() / 2, delta * (size - delta / 2)), reduction
     )
 
 
+@checked(alpha=POSITIVE, gamma=POSITIVE)
 def balanced_l1_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -130,8 +132,6 @@ def balanced_l1_loss(
         ValueError: on shapes that differ, an alpha or gamma that is not positive, or more than 80
             times alpha as gamma.
     """
-    if not (alpha > 0 and gamma > 0):
-        raise ValueError(f"alpha and gamma must be positive: {alpha}, {gamma}")
     if gamma > 80 * alpha:
         raise ValueError(f"gamma must be at most 80 alpha, or b overflows: {alpha}, {gamma}")
     b = math.expm1(gamma / alpha)
@@ -141,6 +141,7 @@ def balanced_l1_loss(
     return reduce(curve + gamma * (size - small), reduction)
 
 
+@checked()
 def log_cosh_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     r"""Logarithm of the hyperbolic cosine of the error.
 
@@ -164,6 +165,7 @@ def log_cosh_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return reduce(torch.where(size < 1, near, far), reduction)
 
 
+@checked()
 def distribution_focal_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     r"""Cross entropy of a number's two nearest bins (Li et al., arXiv:2006.04388).
 
@@ -181,6 +183,7 @@ def distribution_focal_loss(inputs: Tensor, targets: Tensor, reduction: str = "m
     Raises:
         ValueError: on shapes that do not fit.
     """
+    check_tensors(inputs=inputs, targets=targets)
     if inputs.dim() == 0 or inputs.shape[:-1] != targets.shape or inputs.shape[-1] == 0:
         raise ValueError(
             f"logits must be (*, bins) and targets (*): {tuple(inputs.shape)}, "
@@ -200,6 +203,7 @@ def _size(inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _difference(inputs: Tensor, targets: Tensor) -> Tensor:
+    check_tensors(inputs=inputs, targets=targets)
     if inputs.shape != targets.shape:
         raise ValueError(f"shapes differ: {tuple(inputs.shape)} and {tuple(targets.shape)}")
     dtype = compute_dtype(inputs.dtype)

@@ -7,15 +7,16 @@ whatever memory order the logits have.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import WHOLE, Block, check_choice, compute_dtype, in_blocks, lazy
-
-Mode = Literal["multiclass", "binary", "multilabel"]
+from .base import WHOLE, Block, compute_dtype, lazy
+from .checks import Mode as Mode
+from .checks import check_choice, check_constant, check_tensors, check_weight, read_target
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Batch:
         """Numbers of the classes as a tensor ``(C,)`` beside the logits; None as it is.
 
         Raises:
-            ValueError: on another number of weights, or negative ones where that can be seen.
+            ValueError: on another number of weights.
         """
         if weights is None:
             return None
@@ -102,8 +103,6 @@ class Batch:
             raise ValueError(
                 f"weights of the shape {tuple(weights.shape)} for {self.logits.shape[1]} classes"
             )
-        if in_blocks(weights) and (weights < 0).any():
-            raise ValueError(f"weights of the classes must not be negative: {weights.tolist()}")
         return weights
 
 
@@ -165,11 +164,12 @@ def _labels(target: Tensor, left_out: Tensor | None, instead: int) -> Tensor:
 
 def segmentation_batch(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     *,
     mode: Mode | None = None,
     ignore_index: int | None = None,
     pixel_weight: Tensor | None = None,
+    weight: Tensor | None = None,
     validate: bool = False,
 ) -> Batch:
     """The batch of a segmentation model.
@@ -181,38 +181,60 @@ def segmentation_batch(
             multiclass.
         ignore_index: label of the pixels (multilabel: entries) that are left out.
         pixel_weight: weight of each pixel, ``(B, *)`` or ``(B, 1, *)``.
-        validate: check the labels also where that makes the device wait.
+        weight: in its place, weight of each pixel or, of the logits' shape, of each entry.
+        validate: check target and weights also where that makes the device wait.
 
     Raises:
-        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+        TypeError: on what is not a tensor.
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label or weight out
+            of range.
     """
+    check_tensors(logits=logits, target=target)
+    assert target is not None
     mode = _resolve_mode(logits, target, mode)
     flat_binary = mode == "binary" and logits.shape[1:2] != (1,)
-    x = logits.unsqueeze(1) if flat_binary else logits
-    x = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)  # one score a class and image: P = 1
+    stated = logits.unsqueeze(1) if flat_binary else logits
+    x = stated.flatten(2) if stated.dim() > 2 else stated.unsqueeze(-1)  # one score an image: P = 1
+    images, channels, places = x.shape
     dense = mode != "multiclass" or target.shape == logits.shape
-    y = target.reshape(x.shape if dense else (x.shape[0], x.shape[2]))
     if dense and mode == "multiclass" and ignore_index is not None:
         raise ValueError("ignore_index needs class indices; leave pixels out by pixel_weight")
-    weight = _kept(y, ignore_index)
-    _check_labels(y, weight, None if dense else range(x.shape[1]), validate)
-    if weight is not None and not dense:
-        weight = weight.unsqueeze(1)
-    if pixel_weight is not None:
-        check_constant("pixel_weight", pixel_weight)
-        if pixel_weight.numel() != x.shape[0] * x.shape[2]:
-            raise ValueError(
-                f"pixel_weight {tuple(pixel_weight.shape)} does not fit logits "
-                f"{tuple(logits.shape)}: it holds one weight a pixel"
-            )
-        factor = pixel_weight.reshape(x.shape[0], 1, x.shape[2])
-        weight = factor if weight is None else factor * weight
-    return Batch(x, y, weight, logits.shape, mode)
+    y, kept = read_target(target, None if dense else range(channels), ignore_index, validate)
+    y = y.reshape(x.shape if dense else (images, places))
+    if kept is not None:
+        kept = kept.reshape(x.shape if dense else (images, 1, places))
+    if pixel_weight is not None or weight is not None:
+        factor = _of_places(stated.shape, pixel_weight, weight, validate)
+        kept = factor if kept is None else factor * kept
+    return Batch(x, y, kept, logits.shape, mode)
+
+
+def _of_places(
+    shape: torch.Size, pixel_weight: Tensor | None, weight: Tensor | None, validate: bool
+) -> Tensor:
+    """Weights of pixels as ``(B, 1, P)``, of the entries of logits ``(B, C, *)`` as ``(B, C, P)``.
+
+    Only ``weight`` can be of entries: what is pooled over the classes has a weight for each pixel.
+    """
+    name, values = ("pixel_weight", pixel_weight) if weight is None else ("weight", weight)
+    if weight is not None and pixel_weight is not None:
+        raise ValueError("weight and pixel_weight are two names for one thing; pass one of them")
+    check_weight(name, values, validate)
+    assert values is not None
+    images, channels, *rest = shape
+    fits = [(images, *rest), (images, 1, *rest), *([tuple(shape)] if weight is not None else [])]
+    if values.shape not in fits:
+        raise ValueError(
+            f"{name} {tuple(values.shape)} does not fit logits {tuple(shape)}; one weight a pixel "
+            f"has the shape {fits[0]}" + f", one an entry {tuple(shape)}" * (len(fits) > 2)
+        )
+    of_entries = channels > 1 and values.shape == shape
+    return values.reshape(images, channels if of_entries else 1, math.prod(rest))
 
 
 def detection_batch(
     inputs: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     *,
     ignore_index: int | None = None,
     weight: Tensor | None = None,
@@ -227,11 +249,16 @@ def detection_batch(
         ignore_index: -2 by default among class indices.
         weight: factor of each row or entry, broadcast to ``(*)`` or, with as many dimensions as
             the inputs, to ``(*, K)``.
-        validate: check the labels also where that makes the device wait.
+        validate: check targets and weights also where that makes the device wait.
 
     Raises:
-        ValueError: on shapes that do not fit or a label out of range.
+        TypeError: on what is not a tensor.
+        ValueError: on shapes that do not fit, or a label or weight out of range.
     """
+    check_tensors(inputs=inputs, targets=targets)
+    assert targets is not None
+    if weight is not None:
+        check_weight("weight", weight, validate)
     dense = targets.shape == inputs.shape
     if not dense and targets.shape != inputs.shape[:-1]:
         raise ValueError(
@@ -251,14 +278,20 @@ def detection_batch(
         return tensor.reshape(images, length, channels).movedim(-1, 1)
 
     x = channels_second(inputs)
-    kept = _kept(targets, ignore_index if dense or ignore_index is not None else -2)
-    _check_labels(targets, kept, None if dense else range(-1, classes), validate)
+    if not dense and targets.is_floating_point() and classes == 1:
+        # In a head of one class 1 would be out of range, and 0 would stand for the class.
+        raise ValueError(
+            f"inputs {tuple(inputs.shape)} and floating point targets {tuple(targets.shape)} may "
+            "be values or class indices: call .unsqueeze(-1) or .long() on the targets"
+        )
+    ignored = ignore_index if dense or ignore_index is not None else -2
+    there = None if dense else range(-1, classes)
+    targets, kept = read_target(targets, there, ignored, validate)
     y = channels_second(targets) if dense else targets.reshape(images, length)
     if kept is not None:
         kept = channels_second(kept) if dense else kept.reshape(images, 1, length)
     scale = None
     if weight is not None:
-        check_constant("weight", weight)
         if weight.dim() == inputs.dim():
             factor = channels_second(weight.expand(inputs.shape))
         else:
@@ -294,52 +327,3 @@ def _resolve_mode(logits: Tensor, target: Tensor, mode: Mode | None) -> Mode:
     if not (same or (index and (mode == "multiclass" or channels == 1))):
         raise ValueError(f"{shapes} do not fit together in mode {mode!r}")
     return mode
-
-
-def _kept(y: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Where ``y`` is not ``ignore_index``; None where nothing can be.
-
-    Torch would compare a uint8 label with -100 modulo 256.
-    """
-    if ignore_index is None:
-        return None
-    if not (y.is_floating_point() or y.dtype == torch.bool):
-        limits = torch.iinfo(y.dtype)
-        if not limits.min <= ignore_index <= limits.max:
-            return None
-    return y != ignore_index
-
-
-def check_constant(name: str, tensor: Tensor) -> None:
-    """Raise on a tensor that would silently get no gradient."""
-    if tensor.requires_grad:
-        raise ValueError(f"{name} requires grad; detach it: losses differentiate the logits alone")
-
-
-def _check_labels(y: Tensor, kept: Tensor | None, classes: range | None, validate: bool) -> None:
-    """Raise, by name, on a value that is no index of ``classes`` or, without them, outside of
-    [0, 1]. Off the CPU only where asked to.
-    """
-    if classes is not None and y.is_floating_point():
-        raise ValueError(f"class indices must be integers, not {y.dtype}; call .long()")
-    check_constant("the target", y)
-    if not y.numel() or y.dtype == torch.bool or torch.compiler.is_compiling():
-        return
-    if not (validate or in_blocks(y)):
-        return
-    # In one pass where it can be: aminmax copies what is not contiguous.
-    extremes = torch.aminmax(y) if y.is_contiguous() else (y.amin(), y.amax())
-    # As numbers: torch would compare a uint8 label with -1 or 299 modulo 256.
-    smallest, largest = (value.item() for value in extremes)
-    low, high = (0, 1) if classes is None else (classes[0], classes[-1])
-    if low <= smallest and largest <= high:
-        return
-    values = y.float()
-    wrong = ~((values >= low) & (values <= high))
-    if kept is not None:
-        wrong &= kept
-    if wrong.any():
-        raise ValueError(
-            f"target holds {y[wrong][0].item()}, which is outside of [{low}, {high}] and not the "
-            "ignore_index; relabel it or pass ignore_index"
-        )

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import WHOLE, Loss, divide, processes, register
+from .base import WHOLE, Loss, divide, gather, register
+from .checks import checked
 from .layout import Batch, Part
 from .pointwise import Formula, Label, Sigmoid, pointwise
 from .regions import RegionOptions, Regions, _region_loss, region_batch
 from .statistics import measure, weighted_counts
 
 
+@checked()
 def lovasz_loss(
     logits: Tensor,
     target: Tensor,
@@ -38,20 +40,16 @@ def lovasz_loss(
         logits: raw scores, ``(B, C, *)``.
         target: class indices ``(B, *)``, or values of the logits' shape, which are rounded.
         **options: see :class:`~detseg_losses.regions.RegionOptions`. The Jaccard index of
-            ``pixel_weight`` counts each pixel as often as its weight says. ``sync`` over several
-            processes needs ``per_image``, for there is no sorting across processes.
+            ``pixel_weight`` counts each pixel as often as its weight says. With ``sync``, and
+            without ``per_image``, each process sorts the errors of all.
 
     Raises:
-        ValueError: on ``sync`` over several processes without ``per_image``, shapes that do not
-            fit, a mode that cannot be told, or a label out of range.
+        ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    per_image = options.get("per_image", False)
-    if not per_image and processes(options.get("sync", False)) > 1:
-        raise ValueError("sync=True: lovasz sorts the pixels of a process; pass per_image=True")
     batch = region_batch(logits, target, options)
     y = batch.masks()
     batch = replace(batch, target=y)
-    factor = _factors(batch, per_image)
+    factor = _factors(batch, options.get("per_image", False), options.get("sync", False))
     sign = 1 - 2 * y.to(batch.dtype)
     if batch.mode == "multiclass":
         s = weighted_counts(batch, factor * sign)
@@ -80,7 +78,7 @@ def size(y: Label) -> Tensor | float:
 
 
 @torch.no_grad()
-def _factors(batch: Batch, per_image: bool) -> Tensor:
+def _factors(batch: Batch, per_image: bool, sync: bool) -> Tensor:
     """What a weighted pixel's error is multiplied with, ``(B, C, P)``."""
     part = Part(WHOLE, batch.logits.detach(), batch.target, batch.weight)
     assert part.y is not None
@@ -92,9 +90,11 @@ def _factors(batch: Batch, per_image: bool) -> Tensor:
     misses = part.weighted(1 - part.y)
     if per_image:
         return jaccard_slopes(errors, hits, misses)
-    images = errors.shape[0]
-    whole = (values.transpose(0, 1).flatten(1) for values in (errors, hits, misses))
-    return jaccard_slopes(*whole).unflatten(1, (images, errors.shape[2])).transpose(0, 1)
+    images, _, places = errors.shape
+    whole = torch.stack([values.transpose(0, 1).flatten(1) for values in (errors, hits, misses)])
+    parts, own = gather(whole, sync)
+    slopes = jaccard_slopes(*torch.cat(parts, -1)).split([part.shape[-1] for part in parts], -1)
+    return slopes[own].unflatten(1, (images, places)).transpose(0, 1)
 
 
 def jaccard_slopes(errors: Tensor, hits: Tensor, misses: Tensor) -> Tensor:

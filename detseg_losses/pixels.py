@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import (
-    FormulaLoss,
-    Reduction,
-    as_weights,
-    check_choice,
-    check_not_negative,
-    mean_of_sums,
-    register,
-)
-from .layout import Batch, Mode, segmentation_batch
+from .base import FormulaLoss, as_weights, gather, mean_of_sums, processes, register
+from .checks import FACTORS, Mode, checked
+from .layout import Batch, segmentation_batch
 from .statistics import Need, Statistics, measure
 
 
@@ -52,6 +45,7 @@ class PixelOptions(TypedDict, total=False):
     pixel_weight: Tensor | None
 
 
+@checked()
 def cross_entropy_loss(
     logits: Tensor,
     target: Tensor,
@@ -76,6 +70,7 @@ def cross_entropy_loss(
     return _pixel_loss(CrossEntropy(label_smoothing), logits, target, **options)
 
 
+@checked(alpha=FACTORS)
 def softmax_focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -106,6 +101,7 @@ def softmax_focal_loss(
     return _pixel_loss(Focal(as_weights(alpha), gamma), logits, target, **options)
 
 
+@checked()
 def poly_cross_entropy_loss(
     logits: Tensor,
     target: Tensor,
@@ -133,6 +129,7 @@ def poly_cross_entropy_loss(
     return _pixel_loss(Poly(epsilon), logits, target, **options)
 
 
+@checked()
 def symmetric_cross_entropy_loss(
     logits: Tensor,
     target: Tensor,
@@ -164,6 +161,7 @@ def symmetric_cross_entropy_loss(
     return _pixel_loss(Symmetric(alpha, beta), logits, target, **options)
 
 
+@checked()
 def ohem_cross_entropy_loss(
     logits: Tensor,
     target: Tensor,
@@ -181,7 +179,7 @@ def ohem_cross_entropy_loss(
 
     where :math:`p_{(k)}` is the k-th smallest :math:`p_t` of the batch (with ``per_image`` of the
     image), k being the ``fraction`` of all its pixels. Those left out come last and never count.
-    Each process chooses from its own batch.
+    With ``sync`` the batch is that of all processes.
 
     Args:
         logits: raw scores, ``(B, C, *)`` or ``(N, C)``.
@@ -215,10 +213,6 @@ class PixelFormula:
 class CrossEntropy(PixelFormula):
     label_smoothing: float
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1]: {self.label_smoothing}")
-
     def needs(self) -> list[Need]:
         return ["nll", "smooth"] if self.label_smoothing else ["nll"]
 
@@ -234,11 +228,6 @@ class CrossEntropy(PixelFormula):
 class OHEM(PixelFormula):
     fraction: float
     thresh: float | None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1]: {value}")
 
     def loss(self, s: Pixels) -> Tensor:
         return s.reduce(s.weighted(s.nll), s.hardest(self.fraction, self.thresh))
@@ -269,11 +258,6 @@ class Focal(LikelihoodFormula):
     alpha: Tensor | float
     gamma: float
     name = "softmax_focal"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.alpha, Tensor):
-            check_not_negative("alpha", self.alpha)
-        check_not_negative("gamma", self.gamma)
 
     def value(self, n: Tensor) -> Tensor:
         return missed(n).pow(self.gamma) * n
@@ -310,10 +294,6 @@ class Poly(Mixture):
     epsilon: float
     name = "poly"
 
-    def __post_init__(self) -> None:
-        if not -1 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon must not be below -1 or infinite: {self.epsilon}")
-
     def factors(self) -> tuple[float, float]:
         return 1.0, self.epsilon
 
@@ -323,10 +303,6 @@ class Symmetric(Mixture):
     alpha: float
     beta: float
     name = "symmetric_ce"
-
-    def __post_init__(self) -> None:
-        check_not_negative("alpha", self.alpha)
-        check_not_negative("beta", self.beta)
 
     def factors(self) -> tuple[float, float]:
         return self.alpha, 4 * self.beta
@@ -396,7 +372,8 @@ class Pixels:
         nll = self.nll.detach()
         if weight is not None:
             nll = nll.masked_fill(weight.squeeze(1) == 0, -1)
-        rows = nll if self.per_image else nll.reshape(1, -1)
+        parts = [nll] if self.per_image else gather(nll.reshape(1, -1), self.sync)[0]
+        rows = torch.cat(parts, 1)
         if not rows.shape[1]:
             return torch.ones_like(nll, dtype=torch.bool)
         # A number known without a look at the pixels, for which a device would have to wait.
@@ -419,7 +396,7 @@ class Pixels:
         if self.reduction == "none":
             return self.batch.pixels(loss)
         if self.reduction == "sum":
-            return loss.sum()
+            return loss.sum() * processes(self.sync)
         counts: Any = loss.shape[1] if self.per_image else loss.numel()
         weights = [each for each in (self.class_weight, weight, kept) if each is not None]
         if weights:
@@ -476,7 +453,6 @@ def pixels(
     **_: Any,
 ) -> Pixels:
     """The maps of a batch with the options of a loss on them."""
-    check_choice("reduction", reduction, Reduction)
     batch = statistics.batch
     class_weight = None
     if class_weights is not None and not batch.dense:

@@ -6,31 +6,19 @@ batch or of each image, and nothing of softmax, masks or ignored pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ._engine.regions import Numbers, tversky_losses
-from .base import (
-    FormulaLoss,
-    Reduction,
-    check_choice,
-    check_not_negative,
-    divide,
-    lazy,
-    processes,
-    register,
-    world_sum,
-)
-from .layout import Batch, Mode, segmentation_batch
-from .statistics import Need, Statistics, measure
-
-Absent = Literal["skip", "penalise"]
+from .base import FormulaLoss, divide, lazy, processes, register, world_sum
+from .checks import POSITIVE, Absent, Mode, checked
+from .layout import Batch, segmentation_batch
+from .statistics import Need, Statistics, ground_truth, measure
 
 
 class RegionOptions(TypedDict, total=False):
@@ -62,6 +50,7 @@ class RegionOptions(TypedDict, total=False):
     pixel_weight: Tensor | None
 
 
+@checked()
 def dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -88,6 +77,7 @@ def dice_loss(
     return _region_loss(dice(smooth), logits, target, **options)
 
 
+@checked()
 def jaccard_loss(
     logits: Tensor,
     target: Tensor,
@@ -111,6 +101,7 @@ def jaccard_loss(
     return _region_loss(jaccard(smooth), logits, target, **options)
 
 
+@checked()
 def tversky_loss(
     logits: Tensor,
     target: Tensor,
@@ -138,6 +129,7 @@ def tversky_loss(
     return _region_loss(Tversky(alpha, beta, smooth), logits, target, **options)
 
 
+@checked(gamma=POSITIVE)
 def focal_tversky_loss(
     logits: Tensor,
     target: Tensor,
@@ -169,6 +161,7 @@ def focal_tversky_loss(
     return _region_loss(FocalTversky(alpha, beta, smooth, gamma), logits, target, **options)
 
 
+@checked()
 def squared_dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -196,6 +189,7 @@ def squared_dice_loss(
     return _region_loss(SquaredDice(smooth), logits, target, **options)
 
 
+@checked()
 def generalised_dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -222,6 +216,7 @@ def generalised_dice_loss(
     return _region_loss(GeneralisedDice(), logits, target, **options)
 
 
+@checked()
 def log_cosh_dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -248,6 +243,7 @@ def log_cosh_dice_loss(
     return _region_loss(LogCoshDice(smooth), logits, target, **options)
 
 
+@checked(beta=POSITIVE)
 def f1_loss(
     logits: Tensor,
     target: Tensor,
@@ -278,6 +274,7 @@ def f1_loss(
     return _region_loss(f_measure(beta, smooth), logits, target, **options)
 
 
+@checked(smooth=POSITIVE)
 def mcc_loss(
     logits: Tensor,
     target: Tensor,
@@ -332,12 +329,8 @@ class Tversky(RegionFormula):
     beta: float
     smooth: float
 
-    def __post_init__(self) -> None:
-        check_not_negative("smooth", self.smooth)
-
     def of_classes(self, r: Regions) -> Tensor:
-        wrong = self.alpha * r.fp + self.beta * r.fn
-        return divide(wrong, r.tp + wrong + self.smooth)
+        return _Share.apply(self.alpha * r.fp + self.beta * r.fn, r.tp + self.smooth)
 
 
 def dice(smooth: float) -> Tversky:
@@ -352,8 +345,6 @@ def jaccard(smooth: float) -> Tversky:
 
 def f_measure(beta: float, smooth: float) -> Tversky:
     """The F-measure as a Tversky index."""
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive: {beta}")
     miss = beta**2 / (1 + beta**2)
     return Tversky(1 - miss, miss, smooth / (1 + beta**2))
 
@@ -361,11 +352,6 @@ def f_measure(beta: float, smooth: float) -> Tversky:
 @dataclass(frozen=True)
 class FocalTversky(Tversky):
     gamma: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gamma <= 0:
-            raise ValueError(f"gamma must be positive: {self.gamma}")
 
     def of_classes(self, r: Regions) -> Tensor:
         loss = super().of_classes(r)
@@ -388,9 +374,6 @@ class SquaredDice(RegionFormula):
     smooth: float
     squares = True
 
-    def __post_init__(self) -> None:
-        check_not_negative("smooth", self.smooth)
-
     def of_classes(self, r: Regions) -> Tensor:
         return 1 - divide(2 * r.tp + self.smooth, r.squares + self.smooth)
 
@@ -405,7 +388,7 @@ class GeneralisedDice(RegionFormula):
             weights = weights * r.class_weights
         wrong = (weights * (r.fp + r.fn)).sum(-1, keepdim=True)
         right = (weights * 2 * r.tp).sum(-1, keepdim=True)
-        return divide(wrong, right + wrong).expand_as(r.tp)
+        return _Share.apply(wrong, right).expand_as(r.tp)
 
     def weights(self, r: Regions) -> Tensor:
         # The class weights of what is present are in the ratio already.
@@ -416,15 +399,29 @@ class GeneralisedDice(RegionFormula):
 class MCC(RegionFormula):
     smooth: float
 
-    def __post_init__(self) -> None:
-        if not 0 < self.smooth < math.inf:
-            raise ValueError(f"smooth must be positive: {self.smooth}")
-
     def of_classes(self, r: Regions) -> Tensor:
-        counts = (r.tp, r.fp, r.fn, r.valid - r.true - r.fp)
+        counts = (r.tp, r.fp, r.fn, r.negatives - r.fp)
         tp, fp, fn, tn = (count.clamp(min=0) + self.smooth for count in counts)  # rounding
         scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()
         return 1 - (tp * tn - fp * fn) / scale
+
+
+class _Share(torch.autograd.Function):
+    """``part / (part + rest)``, 0 of nothing, with slopes that do not cancel where it is near 1."""
+
+    @staticmethod
+    def forward(part: Tensor, rest: Tensor) -> Tensor:
+        return divide(part, part + rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        part, rest = ctx.saved_tensors
+        slope = divide(grad, part + rest)
+        return slope * divide(rest, part + rest), -slope * divide(part, part + rest)
 
 
 class Regions:
@@ -446,8 +443,6 @@ class Regions:
         sync: bool = False,
         **_: Any,  # the options of the batch
     ) -> None:
-        check_choice("absent", absent, Absent)
-        check_choice("reduction", reduction, Reduction)
         self.batch = statistics.batch
         self.class_weights = self.batch.per_class(class_weights)
         self.per_image, self.sync = per_image, sync
@@ -484,8 +479,16 @@ class Regions:
         return self.pool(self.batch.valid())
 
     @lazy
+    def negatives(self) -> Tensor:
+        """The count of what is not of each class, ``sum (1 - y)``, without subtracting counts."""
+        if self.batch.dense:
+            rest = replace(self.batch, target=1 - self.batch.target.to(self.batch.dtype))
+            return self.pool(ground_truth(rest))
+        return self.true @ (1 - torch.eye(self.true.shape[-1]).to(self.true))
+
+    @lazy
     def present(self) -> Tensor:
-        return self.true > 0
+        return ~(self.true <= 0)  # also where it is NaN, which must show
 
     @lazy
     def weights(self) -> Tensor:
@@ -495,8 +498,10 @@ class Regions:
 
     def share(self, weights: Tensor) -> Tensor:
         """What the losses of the classes are multiplied by in the result, which is their sum."""
-        if self.reduction != "mean":
+        if self.reduction == "none":
             return weights
+        if self.reduction == "sum":
+            return weights * processes(self.sync) if self.per_image else weights
         total = weights.sum(-1, keepdim=True)
         # Without class weights they are counted, and only a count of none must not divide.
         share = (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import math
 import operator
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, TypeGuard, get_args
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from .base import LOSSES, Kind, Loss, Ramp, check_choice
 from .shared import together
 
 Weight = float | Ramp | Literal["learned"]
+
+PATIENCE = 50
+"""After so many training calls without a step a ramp is warned of."""
 
 _LEARNED = "log_variance_"
 """What the parameter of a learned weight is called, before the name of its term."""
@@ -29,7 +34,7 @@ class SpecError(ValueError):
 def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
     """Make the loss that a string describes.
 
-    A string is ``term + term + ...``, a term ``[weight *] name [(option=literal, ...)]``, the name
+    A string is ``term + term + ...``, a term ``[weight *] name [(option=value, ...)]``, the name
     one of :data:`LOSSES`. A weight is a number, ``ramp(...)`` or ``learned``, see
     :class:`LossSum`; an option that is a number may be a ``ramp(...)``, too. The string is parsed,
     never evaluated.
@@ -44,6 +49,7 @@ def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
 
     Raises:
         SpecError: naming the column, and the nearest name.
+        TypeError: where ``spec`` is not a str.
 
     Example:
         >>> criterion = build_loss("0.5*ce + dice(smooth=1)", ignore_index=255)
@@ -51,107 +57,386 @@ def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
         >>> criterion.values
         {'ce': tensor(0.3466), 'dice': tensor(0.5049)}
     """
-    try:
-        tree = ast.parse(spec.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        column = getattr(error, "offset", None) or 1
-        raise _error(spec.strip(), column, "is not a loss string like 'giou + 0.5*l1'") from None
-    terms = [
-        term for node in _summands(tree) for term in _terms(node, spec.strip(), kind, defaults)
-    ]
+    check_text(spec)
+    spec = spec.strip()
+    terms = [made for term in _Parser(spec).terms() for made in _make(term, spec, kind, defaults)]
     unused = [key for key in defaults if not any(key in term.options for _, term in terms)]
     if unused:
-        raise SpecError(f"no term of {spec!r} has the option {unused[0]!r}")
+        raise SpecError(f"no term of {_short(spec)} has the option {unused[0]!r}")
     return LossSum(terms, kind)
 
 
-def read_stages(spec: str, stages: Sequence[str], owner: str) -> dict[str, str]:
+def read_stages(
+    spec: str, stages: Sequence[str], owner: str, unnamed: Sequence[str]
+) -> dict[str, str]:
     """The loss string of each stage that a string addresses: ``"rpn: giou+bce; roi: giou+ce"``.
 
     Args:
-        spec: parts ``stage: losses``, with ``;`` between them; or a loss string.
+        spec: parts ``stage: losses``, with ``;`` between them. The first part may go without a
+            name.
         stages: the names that there are.
         owner: what has these stages, for messages.
+        unnamed: the stages that a first part without a name is for.
 
     Returns:
-        By stage, in the order of the string; empty for a string that addresses none.
+        By stage, in the order of the string.
 
     Raises:
-        SpecError: naming the column, on a part without a stage, a stage that does not exist, or
-            one that is given twice.
+        SpecError: naming the column, on a later part without a stage, a stage that does not exist,
+            or one that is given twice.
+        TypeError: where ``spec`` is not a str.
     """
+    check_text(spec)
     found: dict[str, str] = {}
-    if not set(":;") & set(spec):
-        return found
     column = 1
-    for part in spec.split(";"):
+    for number, part in enumerate(spec.split(";")):
         stage, colon, losses = part.partition(":")
         start = column + len(part) - len(part.lstrip())
         column += len(part) + 1
-        stage = stage.strip()
-        if not part.strip():
+        names: Sequence[str] = [stage.strip()]
+        if not part.strip() and number:
             continue  # after the last ";"
         if not colon:
-            raise _error(spec, start, f"expected a stage, as in '{stages[0]}: {part.strip()}'")
-        if stage not in stages:
-            raise _error(spec, start, f"{owner} has no stage {stage!r}{nearest(stage, stages)}")
-        if stage in found:
-            raise _error(spec, start, f"stage {stage!r} is given twice")
-        found[stage] = losses.strip()
+            if number:
+                free = next((stage for stage in stages if stage not in found), stages[0])
+                example = f"{free}: {part.strip()}"
+                raise _error(spec, start, f"expected a stage, as in {_short(example)}")
+            names, losses = unnamed, part
+        for name in names:
+            if name not in stages:
+                hint = nearest(name, stages)
+                raise _error(spec, start, f"{owner} has no stage {_short(name)}{hint}")
+            if name in found:
+                raise _error(spec, start, f"stage {name!r} is given twice")
+            found[name] = losses.strip()
     return found
 
 
-def _summands(node: ast.expr) -> Iterator[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        yield from _summands(node.left)
-        yield from _summands(node.right)
-    else:
-        yield node
+def check_text(spec: object) -> None:
+    """Raise a TypeError unless a loss string is a str."""
+    if not isinstance(spec, str):
+        raise TypeError(
+            f"a loss string is a str such as 'giou + focal', not {type(spec).__name__}: {spec!r}"
+        )
 
 
-def _terms(
-    node: ast.expr, spec: str, kind: Kind | None, defaults: dict[str, Any]
+LONGEST = 100_000
+"""Of so many characters a string may be: enough for the weights of 10,000 classes."""
+
+MOST_TERMS = 100
+
+_TOKEN = re.compile(
+    r"""
+    (?P<space>\s+)
+    | (?P<number>([0-9]+(_[0-9]+)*\.?([0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?)
+    | (?P<name>[^\W\d]\w*)
+    | (?P<text>'[^'\\\n]*'|"[^"\\\n]*")
+    | (?P<mark>.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_CONSTANTS = {"True": True, "False": False, "None": None}
+
+
+class _Token(NamedTuple):
+    kind: str
+    """``"number"``, ``"name"``, ``"text"``, ``"mark"``, or ``"end"`` after the last one."""
+    text: str
+    column: int
+
+
+class _Term(NamedTuple):
+    """A term as it is written."""
+
+    weight: Weight
+    name: str
+    options: dict[str, Any]
+    columns: dict[str, int]
+    """Where each option stands; and by the empty name where the loss stands."""
+
+
+class _Parser:
+    """Reads a loss string from left to right.
+
+    Args:
+        spec: the string.
+
+    Raises:
+        SpecError: where it is too long.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        if len(spec) > LONGEST:
+            raise self.error(1, f"has {len(spec)} characters; at most {LONGEST} are read")
+        self.tokens = [
+            _Token(str(found.lastgroup), found.group(), found.start() + 1)
+            for found in _TOKEN.finditer(spec)
+            if found.lastgroup != "space"
+        ]
+        self.tokens.append(_Token("end", "", len(spec) + 1))
+        self.place = 0
+
+    def terms(self) -> list[_Term]:
+        """All terms.
+
+        Raises:
+            SpecError: on what cannot be read.
+        """
+        if self.next.kind == "end":
+            raise self.error(1, "is empty; write for example 'giou + focal' or 'ce + dice'")
+        terms = []
+        opened: list[int] = []
+        while True:
+            while (column := self.next.column) and self.take("("):
+                opened.append(column)
+            terms.append(self.term())
+            if len(terms) > MOST_TERMS:
+                raise self.error(terms[-1].columns[""], f"there are more than {MOST_TERMS} terms")
+            while opened and self.take(")"):
+                opened.pop()
+            if not self.take("+"):
+                break
+        if self.next.kind != "end":
+            raise self.after_a_term(terms[-1].name)
+        if opened:
+            raise self.error(opened[-1], "this '(' is not closed")
+        return terms
+
+    def term(self) -> _Term:
+        """The next term."""
+        weight: Weight = 1.0
+        token = self.next
+        if token.kind == "number" or token.text in ("ramp", "learned"):
+            weight = self.weight()
+            if not self.take("*"):
+                loss = self.next.text if self.next.kind == "name" else "ce"
+                example = f"{token.text if token.kind == 'number' else weight}*{loss}"
+                message = f"after a weight there must be '*' and a loss: {_short(example)}"
+                raise self.error(token.column, message)
+            if self.next.text == "(":
+                message = "a weight is that of one loss: '2*ce + 2*dice'"
+                raise self.error(self.next.column, message)
+        name = self.take_name()
+        columns = {"": name.column}
+        options: dict[str, Any] = {}
+        for option, value in self.arguments():
+            if option is None:
+                raise self.error(value.column, "options are given as name=value")
+            if option.text in options:
+                raise self.error(option.column, f"{_short(option.text)} is given twice")
+            columns[option.text] = option.column
+            options[option.text] = self.value(option.text)
+        return _Term(weight, name.text, options, columns)
+
+    def take_name(self) -> _Token:
+        """The name of a loss."""
+        token = self.next
+        before = self.tokens[self.place - 1].text if self.place else ""
+        if before == "*" and (token.kind == "number" or token.text in ("learned", "ramp")):
+            raise self.error(token.column, "a loss has one weight")
+        if token.kind != "end" and self.tokens[self.place + 1].text == "*":
+            raise self.before_a_factor(token, self.tokens[self.place + 2])
+        if token.kind == "name":
+            self.place += 1
+            return token
+        if token.kind == "end":
+            raise self.error(len(self.spec), f"after the last {before!r} there is no loss")
+        if token.text == "+":
+            where = "between '+' and '+'" if before == "+" else "before the '+'"
+            raise self.error(token.column, f"{where} there is no loss")
+        if token.text == "-":
+            raise self.error(token.column, "losses are added, and have no minus")
+        if token.text in (";", ":"):
+            raise self.error(token.column, _STAGES)
+        raise self.error(token.column, f"expected the name of a loss, not {_short(token.text)}")
+
+    def before_a_factor(self, name: _Token, factor: _Token) -> SpecError:
+        """What is wrong with ``name*factor``."""
+        if factor.kind == "number":
+            example = f"{factor.text}*{name.text}"
+            return self.error(factor.column, f"the weight stands first: {_short(example)}")
+        if name.text in LOSSES | SUMS and factor.kind == "name":
+            example = f"{name.text} + {factor.text}"
+            return self.error(name.column, f"losses are added: {_short(example)}")
+        message = "a weight is a number, as in '0.5*l1', or ramp(...), or learned"
+        return self.error(name.column, message)
+
+    def after_a_term(self, name: str) -> SpecError:
+        """What is wrong with the next token, which does not go on with a sum."""
+        token = self.next
+        if token.text in (";", ":"):
+            return self.error(token.column, _STAGES)
+        if token.text == "*":
+            return self.error(token.column, f"the weight stands first: {_short(f'2*{name}')}")
+        if token.text == ")":
+            return self.error(token.column, "there is no '(' for this ')'")
+        if token.kind in ("name", "number"):
+            return self.error(token.column, "between two losses there must be '+': 'ce + dice'")
+        if token.text == "=":
+            return self.error(token.column, "options stand in parentheses: 'focal(gamma=1.5)'")
+        return self.error(
+            token.column, f"losses are joined by '+', as in 'ce + dice', and not by {token.text!r}"
+        )
+
+    def weight(self) -> Weight:
+        """A weight, of which the first token is one."""
+        if self.take("learned"):
+            return "learned"
+        return self.ramp() if self.next.text == "ramp" else float(self.number())
+
+    def arguments(self) -> Iterator[tuple[_Token | None, _Token]]:
+        """What stands in parentheses, if there are any: before each value its name, or None.
+
+        The first token of a value is given, and the value is to be read before the next is asked
+        for.
+        """
+        opened = self.next
+        if not self.take("("):
+            return
+        while not self.take(")"):
+            name = None
+            if self.next.kind == "name" and self.tokens[self.place + 1].text == "=":
+                name = self.next
+                self.place += 2
+            yield name, self.next
+            if self.next.text != ")" and not self.take(","):
+                if self.next.kind == "end":
+                    raise self.error(opened.column, "this '(' is not closed")
+                where = f" of {_short(name.text)}" if name else ""
+                raise self.error(
+                    self.next.column,
+                    f"after a value{where} there must be ',' or ')', not {_short(self.next.text)}",
+                )
+
+    def value(self, option: str) -> Any:
+        """The value of an option."""
+        token = self.next
+        if token.text == "ramp":
+            return self.ramp()
+        if token.kind == "text":
+            self.place += 1
+            return token.text[1:-1]
+        if token.text in _CONSTANTS:
+            self.place += 1
+            return _CONSTANTS[token.text]
+        if token.text == "[":
+            return self.numbers()
+        if token.kind == "number" or token.text in ("+", "-"):
+            return self.number()
+        if token.kind == "end":
+            raise self.error(len(self.spec), f"there is no value of {_short(option)}")
+        raise self.error(
+            token.column,
+            f"the value of {_short(option)} is not a number, string, True, False, None, list or "
+            "ramp",
+        )
+
+    def numbers(self) -> list[float]:
+        """A list of numbers."""
+        opened = self.next.column
+        self.take("[")
+        found = []
+        while not self.take("]"):
+            found.append(self.number("a list holds numbers, with ',' between them: [0.5, 2]"))
+            if self.next.text != "]" and not self.take(","):
+                raise self.error(opened, "a list is written '[0.5, 2]'")
+        if not found:
+            raise self.error(opened, "this list is empty; it holds a number for each class")
+        return found
+
+    def number(self, form: str = "expected a number") -> float:
+        """A number with or without a sign, an int where it is written as one."""
+        token = self.next
+        negative = self.take("-")
+        if not negative:
+            self.take("+")
+        digits = self.next
+        if digits.kind != "number":
+            raise self.error(token.column, form)
+        self.place += 1
+        value: float = float(digits.text)
+        whole = not set(".eE") & set(digits.text)
+        if value >= (2**63 if whole else math.inf):
+            raise self.error(token.column, f"the number {_short(digits.text)} is too large")
+        value = int(digits.text) if whole else value
+        return -value if negative else value
+
+    def ramp(self) -> Ramp:
+        """A number on a ramp."""
+        form = "a ramp is written 'ramp(1, 0.01, steps=1000)', also with after=0, curve='cosine'"
+        start = self.next.column
+        self.take("ramp")
+        numbers: list[Any] = []
+        options: dict[str, Any] = {}
+        for name, value in self.arguments():
+            known = value.kind in ("number", "text") or value.text in ("+", "-")
+            if not known or (name and name.text in options):
+                raise self.error(start, form)
+            if name is None:
+                numbers.append(self.value("ramp"))
+            else:
+                options[name.text] = self.value(name.text)
+        try:
+            inspect.signature(Ramp).bind(*numbers, **options)
+        except TypeError:
+            raise self.error(start, form) from None
+        try:
+            return Ramp(*numbers, **options)
+        except ValueError as error:
+            raise self.error(start, f"ramp: {error}") from None
+
+    @property
+    def next(self) -> _Token:
+        return self.tokens[self.place]
+
+    def take(self, text: str) -> bool:
+        """Go on if this is the next token."""
+        found = self.next.text == text and self.next.kind != "text"
+        self.place += found
+        return found
+
+    def error(self, column: int, message: str) -> SpecError:
+        return _error(self.spec, column, message)
+
+
+_STAGES = (
+    "';' and ':' are for models that have stages, as in 'rpn: giou+bce; roi: giou+ce'; this is a "
+    "single sum of losses"
+)
+
+
+def _make(
+    term: _Term, spec: str, kind: Kind | None, defaults: dict[str, Any]
 ) -> list[tuple[Weight, Loss]]:
-    """The loss of one summand, or the losses of a sum that has a name."""
-    weight: Weight = 1.0
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        weight = _weight(node.left, spec)
-        node = node.right
-    call = node
-    keywords = []
-    if isinstance(node, ast.Call):
-        if node.args:
-            raise _error(spec, node.args[0].col_offset + 1, "options are given as name=value")
-        call, keywords = node.func, node.keywords
-    if not isinstance(call, ast.Name):
-        raise _error(spec, call.col_offset + 1, "expected the name of a loss")
-    if call.id not in LOSSES | SUMS:
-        hint = nearest(call.id, LOSSES | SUMS)
-        raise _error(spec, call.col_offset + 1, f"no loss {call.id!r}{hint}")
-    cls = (LOSSES | SUMS)[call.id]
+    """The loss of one term, or the losses of a sum that has a name."""
+    name, column = term.name, term.columns[""]
+    if name not in LOSSES | SUMS:
+        hint = nearest(name, names_of_kind(kind) if kind else LOSSES | SUMS)
+        raise _error(spec, column, f"no loss {_short(name)}{hint}")
+    cls = (LOSSES | SUMS)[name]
     if kind is not None:
-        _check_kind(cls, call.id, kind)
+        _check_kind(cls, name, kind)
     known = cls.defaults()
-    options: dict[str, Any] = {}
-    for keyword in keywords:
-        column = keyword.col_offset + 1
-        if keyword.arg not in known:
-            hint = nearest(str(keyword.arg), known)
-            raise _error(spec, column, f"{call.id} has no option {keyword.arg!r}{hint}")
-        if keyword.arg in options:
-            raise _error(spec, column, f"{keyword.arg!r} is given twice")
-        options[keyword.arg] = _literal(keyword, spec)
+    for option, value in term.options.items():
+        if option not in known:
+            message = f"{name} has no option {_short(option)}{nearest(option, known)}"
+            raise _error(spec, term.columns[option], message)
+        if option == "class_weights" and not isinstance(value, list | None):
+            message = "class_weights is a list with a number for each class, as in [0.5, 2]"
+            raise _error(spec, term.columns[option], message)
     try:
-        made = cls(**{k: v for k, v in defaults.items() if k in known} | options)
-        terms = [(weight, made)] if isinstance(made, Loss) else made.scaled(weight)
+        made = cls(**{k: v for k, v in defaults.items() if k in known} | term.options)
+        terms = [(term.weight, made)] if isinstance(made, Loss) else made.scaled(term.weight)
         # A value that the function refuses shows here and not in some step.
         for _, loss in terms:
             for step in (*(ramp.after + ramp.steps for ramp in loss.ramps.values()), 0):
                 loss.step = step
                 sync = {"sync": False} if "sync" in loss.known else {}
                 loss(*_smallest_input(loss), **sync)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise _error(spec, call.col_offset + 1, f"{call.id}: {error}") from None
+    except Exception as error:  # the input is sound, so whatever goes wrong is due to an option
+        reason = str(error).partition("\n")[0]
+        raise _error(spec, column, f"{name}: {reason}") from None
     return terms
 
 
@@ -167,64 +452,37 @@ def _smallest_input(loss: Loss) -> tuple[Tensor, Tensor]:
     return logits, torch.zeros_like(logits) if mode == "multilabel" else torch.zeros(1).long()
 
 
-def _weight(node: ast.expr, spec: str) -> Weight:
-    if isinstance(node, ast.Name) and node.id == "learned":
-        return "learned"
-    if _is_ramp(node):
-        return _ramp(node, spec)
-    if not (isinstance(node, ast.Constant) and type(node.value) in (int, float)):
-        message = "a weight is a number, as in '0.5*l1', or ramp(...), or learned"
-        raise _error(spec, node.col_offset + 1, message)
-    weight = float(ast.literal_eval(node))
-    if not math.isfinite(weight):
-        raise _error(spec, node.col_offset + 1, "a weight is a finite number")
-    return weight
-
-
-def _is_ramp(node: ast.expr) -> TypeGuard[ast.Call]:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ramp"
-
-
-def _ramp(node: ast.Call, spec: str) -> Ramp:
-    form = "a ramp is written 'ramp(1, 0.01, steps=1000)', also with after=0, curve='cosine'"
-    try:
-        numbers = [ast.literal_eval(argument) for argument in node.args]
-        options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        inspect.signature(Ramp).bind(*numbers, **options)
-    except (ValueError, TypeError):
-        raise _error(spec, node.col_offset + 1, form) from None
-    try:
-        return Ramp(*numbers, **options)
-    except ValueError as error:
-        raise _error(spec, node.col_offset + 1, f"ramp: {error}") from None
-
-
-def _literal(keyword: ast.keyword, spec: str) -> Any:
-    if _is_ramp(keyword.value):
-        return _ramp(keyword.value, spec)
-    try:
-        value = ast.literal_eval(keyword.value)
-    except (ValueError, TypeError):
-        value = ...
-    if value is None or isinstance(value, (int, float, str, list)):
-        return value
-    message = (
-        f"the value of {keyword.arg!r} is not a number, string, True, False, None, list or ramp"
-    )
-    raise _error(spec, keyword.value.col_offset + 1, message)
-
-
-def nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest one, or all that there are."""
     import difflib  # takes longer than the rest of this file, and is for mistakes only
 
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    choices = ", ".join(sorted(known))
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {choices}"
+    by_lower = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {by_lower[close[0]]!r}?"
+    return f"; there are {', '.join(sorted(by_lower.values()))}"
+
+
+def warn(message: str) -> None:
+    """Warn of the line that led here from outside of this package and those that it is put into."""
+    inner = ("detseg_losses", "torch", "torchvision", "transformers", "ultralytics")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in inner:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _short(text: str) -> str:
+    """A part of a string for a message: the beginning, quoted."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _error(spec: str, column: int, message: str) -> SpecError:
-    return SpecError(f"loss {spec!r}, column {column}: {message}")
+    shown = spec
+    if len(spec) > 200:
+        first = max(0, min(column - 100, len(spec) - 200))
+        shown = "..." * (first > 0) + spec[first : first + 200] + "..." * (first + 200 < len(spec))
+    return SpecError(f"loss {shown!r}, column {column}: {message}")
 
 
 class LossSum(nn.Module):
@@ -279,6 +537,8 @@ class LossSum(nn.Module):
         self.values: dict[str, Tensor] = {}
         self.step = 0
         self.adapted = False
+        self.kept = False  # whether there is something that saves the state of an adapted sum
+        self.compared: set[str] = set()  # entries that an adapter has compared with the stock loss
         for name, weight in zip(self.names, self.weights, strict=True):
             if weight == "learned":
                 # On this module and not a child's, which would enter it in every state_dict.
@@ -295,6 +555,8 @@ class LossSum(nn.Module):
         if kind is not None:
             for _, loss in terms:
                 _check_kind(type(loss), loss.name, kind)
+        # Training calls until a ramp has gone on; None where there is nothing to warn of.
+        self._calls = 0 if self._counts or self._learned else None
         self.kind = kind or next((each for each in get_args(Kind) if each in shared), None)
         self.groups = self._groups() if self.kind == "segmentation" else []
 
@@ -321,8 +583,34 @@ class LossSum(nn.Module):
         values = {
             name: self.weighted(name, results[index]) for index, name in enumerate(self.names)
         }
-        self.values = {name: value.detach() for name, value in values.items()}
+        self.record({name: value.detach() for name, value in values.items()})
         return values
+
+    def record(self, values: dict[str, Tensor]) -> None:
+        """Hold the detached values of a call. In training it is where one warning is given of a
+        ramp that does not go on, and of learned weights that no checkpoint will have.
+        """
+        self.values = values
+        if torch.compiler.is_compiling() or self._calls is None:
+            return
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        self._calls += 1
+        if self._calls == 1 and self._learned and self.adapted and not self.kept:
+            warn(
+                f"the learned weights of {' and '.join(self._learned)} are not in "
+                "model.state_dict(), and so not in a checkpoint of the model: save "
+                "losses.state_dict() beside it and load it when training goes on, with losses = "
+                "detseg_losses.integrations.ModelLosses(model)"
+            )
+        if self._calls == PATIENCE and self._counts:
+            warn(
+                f"after {PATIENCE} training calls the ramp in {self!r} is still in step "
+                f"{self.step}: call advance() of the loss after each optimizer step, for an "
+                "adapted model detseg_losses.integrations.ModelLosses(model).advance()"
+            )
+        if self._calls == PATIENCE or not self._counts:
+            self._calls = None
 
     def weighted(self, name: str, value: Tensor) -> Tensor:
         """A term's part of the sum, from the value of its loss."""
@@ -347,6 +635,8 @@ class LossSum(nn.Module):
         self._set_step(self.step + 1)
 
     def _set_step(self, step: int) -> None:
+        if step != self.step:
+            self._calls = None
         self.step = step
         for loss in self.terms:
             loss.step = step
@@ -362,10 +652,24 @@ class LossSum(nn.Module):
         """Whether the value depends on the step."""
         return self.ramped is not None or any(loss.ramps for loss in self.terms)
 
+    @property
+    def _learned(self) -> list[str]:
+        return [name for name, w in zip(self.names, self.weights, strict=True) if w == "learned"]
+
     def adapt(self, model: nn.Module) -> LossSum:
-        """Get ready to be a part of a model: go to its device, leave its ``state_dict`` alone."""
+        """Get ready to be a part of a model: go to its device, leave its ``state_dict`` alone.
+
+        Raises:
+            TypeError: where the model is on the meta device.
+        """
+        device = next(model.parameters()).device
+        if device.type == "meta":
+            raise TypeError(
+                f"{type(model).__name__} is on the meta device: use_losses needs a model that has "
+                "its weights"
+            )
         self.adapted = True
-        return self.to(next(model.parameters()).device)
+        return self.to(device)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.adapted and prefix:
@@ -560,12 +864,22 @@ SUMS: dict[str, type[NamedSum]] = {"combo": ComboLoss, "unified_focal": UnifiedF
 """The sums that have a name in a loss string."""
 
 
+EXAMPLES: dict[Kind, tuple[str, ...]] = {
+    "segmentation": ("ce", "dice"),
+    "classification": ("bce", "focal"),
+    "boxes": ("giou", "ciou"),
+    "deltas": ("l1", "smooth_l1"),
+    "distribution": ("dfl",),
+}
+"""Losses of each kind to name in a message, where all would be too many."""
+
+
 def _check_kind(cls: type[Loss | NamedSum], name: str, kind: Kind) -> None:
     check_choice("kind", kind, Kind)
     if kind not in cls.kinds:
         raise SpecError(
             f"{name!r} is a loss of {' or '.join(cls.kinds)}, not of {kind}; "
-            f"of {kind} there are {', '.join(names_of_kind(kind))}"
+            f"write for example {' or '.join(map(repr, EXAMPLES[kind]))}"
         )
 
 

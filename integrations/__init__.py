@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
@@ -62,6 +63,29 @@ ADAPTERS = {model: name for name, models in _ADAPTED.items() for model in models
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def check_losses(model_class: type[nn.Module], spec: str, **options: Any) -> None:
+    """Judge a loss string for a class of models, of which none has to be made.
+
+    What depends on the number of classes, weights of classes for example, is left to
+    :func:`use_losses`.
+
+    Args:
+        model_class: a class that one of the adapters knows, or a subclass.
+        spec: a loss string.
+        **options: those of ``use_losses`` in the adapter's module.
+
+    Raises:
+        TypeError: where no adapter knows the class, or the string is not a str.
+        SpecError: on a string that cannot be read, or a loss that such models have no use for.
+
+    Example:
+        >>> check_losses(torchvision.models.detection.MaskRCNN, "giou+focal; mask: dice")
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # use_losses will say it again
+        _adapter(model_class).read(model_class, spec, **options)
+
+
 def use_losses(model: Model, spec: str, **options: Any) -> Model:
     """Let a model train with the losses that a string names, in place.
 
@@ -75,15 +99,18 @@ def use_losses(model: Model, spec: str, **options: Any) -> Model:
         keys, and :func:`restore_losses` undoes the change.
 
     Raises:
-        TypeError: where no adapter knows the model.
+        TypeError: where no adapter knows the model, it is a class or on the meta device, or the
+            string is not a str.
         SpecError: on a string that cannot be read, or a loss that the model has no use for.
     """
-    return _adapter(model).use_losses(model, spec, **options)
+    if isinstance(model, type):
+        raise TypeError(f"use_losses takes a model, and {model.__name__} is a class of models")
+    return _adapter(type(model), model).use_losses(model, spec, **options)
 
 
 def restore_losses(model: Model) -> Model:
     """Undo :func:`use_losses`, in place; the model is as it came."""
-    return _adapter(model).restore_losses(model)
+    return _adapter(type(model), model).restore_losses(model)
 
 
 class ModelLosses:
@@ -99,6 +126,8 @@ class ModelLosses:
     def __init__(self, model: nn.Module) -> None:
         found = {n: m for n, m in model.named_modules() if isinstance(m, LossSum)}
         self.sums = {f"{n}." if len(found) > 1 else "": loss for n, loss in found.items()}
+        for loss in found.values():
+            loss.kept = True
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -131,19 +160,19 @@ class ModelLosses:
             loss.load_state_dict({k[len(p) :]: v for k, v in state.items() if k.startswith(p)})
 
 
-def _adapter(model: nn.Module) -> ModuleType:
-    for cls in type(model).__mro__:
+def _adapter(model_class: type, model: object = None) -> ModuleType:
+    for cls in model_class.__mro__:
         name = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if name is not None:
             return import_module(f"{__name__}.{name}")
-    if any(cls.__module__ == "ultralytics.engine.model" for cls in type(model).__mro__):
+    if any(cls.__module__ == "ultralytics.engine.model" for cls in model_class.__mro__):
         raise TypeError(
-            f"{type(model).__name__} makes a new model when it trains; give that the losses: "
+            f"{model_class.__name__} makes a new model when it trains; give that the losses: "
             'YOLO(...).train(trainer=detseg_losses.integrations.yolo.trainer("giou+focal"), ...)'
         )
     if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
         raise TypeError(
-            f"{type(model).__name__} wraps a model: call use_losses on the model, then wrap it"
+            f"{model_class.__name__} wraps a model: call use_losses on the model, then wrap it"
         )
     known = ", ".join(sorted(path.rpartition(".")[2] for path in ADAPTERS))
-    raise TypeError(f"no adapter for {type(model).__name__}; there are adapters for {known}")
+    raise TypeError(f"no adapter for {model_class.__name__}; there are adapters for {known}")

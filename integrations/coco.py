@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
+import operator
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.samples import (
@@ -21,16 +24,29 @@ from detseg_losses.integrations.samples import (
     Extra,
     Fault,
     Faulty,
+    Id,
     ImageData,
     ImageFile,
     Objects,
     SegmentationSample,
     category_names,
     check_box,
+    check_content,
     check_image,
+    check_results,
     choose_classes,
+    id_order,
+    inside,
     read_image,
+    read_text,
+    shown,
+    to_area,
+    to_flag,
+    to_id,
+    to_number,
+    to_numbers,
     to_results,
+    usable_objects,
     usable_results,
 )
 
@@ -38,7 +54,6 @@ with needs("tools"):
     import numpy as np
     from numpy.typing import NDArray
     from pycocotools import mask as rle
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
 __all__ = [
@@ -54,19 +69,24 @@ __all__ = [
 
 ItemT = TypeVar("ItemT")
 Report = Callable[[str, object], None]
+Bbox = tuple[float, float, float, float]
 
 
 class CocoDetection(DetectionData):
     """The boxes of a COCO annotation file.
 
-    Labels follow the ids of the categories, upwards; ``category_ids`` leads back to them. Images
-    without objects are kept, unless ``classes`` are chosen. Faulty entries (a box without area or
-    outside the image, an unknown category or image, a missing or broken image, an image whose
-    size is not what the file says) are listed in ``faults``; a box partly outside is clipped.
+    Labels follow the ids of the categories, upwards; ``category_ids`` leads back to them. Ids may
+    be integers or text. Images without objects are kept, unless ``classes`` are chosen. Faulty
+    entries (a box without area or outside the image, an unknown category or image, a flag that is
+    neither 0 nor 1, a missing or broken image, one outside of the folder, one whose size is not
+    what the file says) are listed in ``faults``; a box partly outside is clipped, and an area that
+    is no number becomes that of the box. Numbers written as text are read as numbers. Crowds and
+    objects with ``ignore: 1`` are ignored.
 
     Args:
         annotations: the JSON file.
-        images: the directory that its ``file_name`` entries are relative to.
+        images: the directory that its ``file_name`` entries are relative to; they may begin with
+            the last folders of it.
         classes: keep only these classes, labelled in this order, and the images that hold any.
         faulty: ``"skip"`` what is faulty, or ``"refuse"`` to read data with any fault.
         extra: ``"masks"`` or ``"keypoints"``: give those, too; an object without is faulty.
@@ -78,8 +98,8 @@ class CocoDetection(DetectionData):
 
     def __init__(
         self,
-        annotations: Path,
-        images: Path,
+        annotations: Path | str,
+        images: Path | str,
         *,
         classes: Sequence[str] | None = None,
         faulty: Faulty = "skip",
@@ -92,7 +112,7 @@ class CocoDetection(DetectionData):
         if extra is not None and not boxes:
             raise DataError(f"{annotations}: there is no object with {extra}")
         if extra == "keypoints":
-            self.mirrored = _mirrored(annotations, categories, boxes)
+            self.mirrored = _mirrored(Path(annotations), categories, boxes)
         self.category_ids = [category["id"] for category in categories]
         super().__init__(
             [
@@ -118,19 +138,23 @@ class CocoDetection(DetectionData):
 
 @dataclass(frozen=True)
 class _Box:
-    bbox: tuple[float, float, float, float]
+    bbox: Bbox
     label: int
     area: float
     crowd: bool
+    ignored: bool
     segmentation: Any = None
     keypoints: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class _Region:
+    """An object's outline; without one its box, which is void."""
+
     segmentation: Any
     label: int
-    crowd: bool
+    void: bool
+    bbox: Bbox = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -146,14 +170,20 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
     instances overlap, the smaller one is drawn over the larger one, whatever their order in the
     file, so that none is hidden; crowds are void (255) and lie under everything else.
 
+    The box of an object that cannot be drawn is void, too, and so are objects to be ignored. Parts
+    of a polygon that are faulty (not three points of finite numbers, far beyond the image, or
+    drawing nothing) are dropped and listed in ``faults``. RLE must cover the image; only a last run
+    of background may be missing, where the object's box (or else its area) shows that nothing else
+    is.
+
     Arguments and errors are those of :class:`CocoDetection`; instead of the box, the segmentation
     of each object is checked.
     """
 
     def __init__(
         self,
-        annotations: Path,
-        images: Path,
+        annotations: Path | str,
+        images: Path | str,
         *,
         classes: Sequence[str] | None = None,
         faulty: Faulty = "skip",
@@ -181,84 +211,230 @@ def _draw(regions: list[_Region], height: int, width: int) -> NDArray[np.uint8]:
     mask = np.zeros((height, width), np.uint8)
     encoded = []
     for region in regions:
-        part = _encode(region.segmentation, height, width)
-        encoded.append((not region.crowd, -int(rle.area(part)), region, part))
+        if region.segmentation is None:
+            x, y, w, h = region.bbox
+            mask[int(y) : math.ceil(y + h), int(x) : math.ceil(x + w)] = VOID
+        else:
+            part = _encode(region.segmentation, height, width)
+            encoded.append((not region.void, -int(rle.area(part)), region, part))
     for _, _, region, part in sorted(encoded, key=lambda entry: entry[:2]):
-        mask[rle.decode(part).astype(bool)] = VOID if region.crowd else region.label + 1
+        mask[rle.decode(part).astype(bool)] = VOID if region.void else region.label + 1
     return mask
 
 
 def _encode(segmentation: Any, height: int, width: int) -> Any:
-    """Polygons or any RLE as compressed RLE."""
+    """Polygons or compressed RLE as compressed RLE."""
     if isinstance(segmentation, list):
         return rle.merge(rle.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return rle.frPyObjects(segmentation, height, width)
     return segmentation
 
 
 def _parse_box(
-    annotation: dict[str, Any], label: int, image: dict[str, Any], report: Report
+    annotation: dict[str, Any], label: int, image: ImageFile, report: Report
 ) -> _Box | None:
-    bbox = annotation.get("bbox")
-    if not _are_numbers(bbox, 4):
-        report("bbox is not four numbers", bbox)
-        return None
-    x, y, w, h = map(float, bbox)
-    clipped, fault = check_box((x, y, x + w, y + h), image["width"], image["height"])
+    bbox, fault = _clipped(annotation, image)
     if fault:
-        report(fault, f"bbox {bbox} in an image of {image['width']}x{image['height']}")
-    if clipped is None:
+        found = shown(annotation.get("bbox"))
+        report(fault, f"bbox {found} in an image of {image.width}x{image.height}")
+    flags = _flags(annotation, report)
+    if bbox is None or flags is None:
         return None
-    if clipped != (x, y, x + w, y + h):
+    area, fault = to_area(annotation, bbox[2] * bbox[3])
+    if fault:
+        report(fault, shown(annotation["area"]))
+    return _Box(bbox, label, area, *flags)
+
+
+def _clipped(annotation: dict[str, Any], image: ImageFile) -> tuple[Bbox | None, str | None]:
+    """The XYWH box of an object within its image, and the fault, as in :func:`check_box`."""
+    numbers = to_numbers(annotation.get("bbox"), 4)
+    if numbers is None:
+        return None, "bbox is not four finite numbers"
+    x, y, w, h = numbers
+    clipped, fault = check_box((x, y, x + w, y + h), image.width, image.height)
+    if clipped is not None and clipped != (x, y, x + w, y + h):
         x, y = clipped[:2]
         w, h = clipped[2] - x, clipped[3] - y
-    area = annotation.get("area")
-    crowd = bool(annotation.get("iscrowd", 0))
-    return _Box((x, y, w, h), label, w * h if area is None else float(area), crowd)
+    return None if clipped is None else (x, y, w, h), fault
+
+
+def _flags(annotation: dict[str, Any], report: Report) -> tuple[bool, bool] | None:
+    """Whether an object is a crowd, and whether it is to be ignored."""
+    crowd, ignored = to_flag(annotation.get("iscrowd")), to_flag(annotation.get("ignore"))
+    for key, flag in (("iscrowd", crowd), ("ignore", ignored)):
+        if flag is None:
+            report(f"{key} is neither 0 nor 1", shown(annotation[key]))
+    return None if crowd is None or ignored is None else (crowd, ignored)
 
 
 def _parse_region(
-    annotation: dict[str, Any], label: int, image: dict[str, Any], report: Report
+    annotation: dict[str, Any], label: int, image: ImageFile, report: Report
 ) -> _Region | None:
+    flags = _flags(annotation, report)
+    void = flags is None or any(flags)
+    segmentation = _parse_segmentation(annotation, image, report)
+    if segmentation is not None:
+        return _Region(segmentation, label, void)
+    bbox, _ = _clipped(annotation, image)
+    return None if bbox is None else _Region(None, label, True, bbox)
+
+
+def _parse_segmentation(annotation: dict[str, Any], image: ImageFile, report: Report) -> Any:
+    """Polygons that draw something, or compressed RLE of the image's size; None without."""
     segmentation = annotation.get("segmentation")
-    size = [image["height"], image["width"]]
-    if not segmentation:
-        report("object has no segmentation", None)
-        return None
     if isinstance(segmentation, dict):
-        if segmentation.get("size") != size or "counts" not in segmentation:
-            report("RLE is not of the image's size", f"{segmentation.get('size')} for {size}")
-            return None
-    elif not all(_are_numbers(p) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
-        report("polygon is not a list of three or more points x, y", None)
+        encoded, fault = _parse_rle(segmentation, annotation, image)
+        if fault:
+            report(fault, shown(segmentation))
+        return encoded
+    if not segmentation or not isinstance(segmentation, list):
+        report("object has no segmentation", shown(segmentation) if segmentation else None)
         return None
-    return _Region(segmentation, label, bool(annotation.get("iscrowd", 0)))
+    polygons = []
+    for part in segmentation:
+        numbers = to_numbers(part)
+        if fault := _polygon_fault(numbers, image):
+            report(f"part of a polygon {fault}, dropped", shown(part))
+        else:
+            polygons.append(numbers)
+    return polygons or None
+
+
+_REACH = 10
+"""How many times the longer side of the image a polygon may reach beyond it."""
+
+
+def _polygon_fault(numbers: list[float] | None, image: ImageFile) -> str | None:
+    """What is wrong with one part of a polygon.
+
+    pycocotools takes memory for each pixel that an outline passes, inside of the image or not.
+    """
+    if numbers is None or len(numbers) < 6 or len(numbers) % 2:
+        return "is not three or more points x, y of finite numbers"
+    xs, ys = numbers[0::2], numbers[1::2]
+    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+    reach = _REACH * max(image.width, image.height)
+    if min(left, top) < -reach or max(right - image.width, bottom - image.height) > reach:
+        return "reaches far beyond the image"
+    if len(xs) * max(right - left, bottom - top) > _longest(image):
+        steps = zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
+        if sum(max(abs(c - a), abs(d - b)) for a, b, c, d in steps) > _longest(image):
+            return "is longer than any outline in the image"
+    doubled = sum(map(operator.mul, xs, ys[1:] + ys[:1])) - sum(
+        map(operator.mul, ys, xs[1:] + xs[:1])
+    )
+    # only what is thin or reaches beyond the image can draw nothing; to try all would take long
+    thin = abs(doubled) < 4 * max(right - left, bottom - top) + 8
+    beyond = min(left, top) < -1 or right > image.width + 1 or bottom > image.height + 1
+    if (thin or beyond) and not rle.area(
+        rle.frPyObjects([numbers], image.height, image.width)
+    ).any():
+        return "draws nothing"
+    return None
+
+
+def _longest(image: ImageFile) -> float:
+    """More pixels than an outline around every other pixel passes."""
+    return 4 * image.width * image.height + 4 * _REACH * (image.width + image.height)
+
+
+def _parse_rle(
+    segmentation: dict[str, Any], annotation: dict[str, Any], image: ImageFile
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Compressed RLE whose run lengths, which pycocotools does not check, are right; the fault."""
+    size = [image.height, image.width]
+    if to_numbers(segmentation.get("size"), 2) != size:
+        return None, "RLE is not of the image's size"
+    counts = segmentation.get("counts")
+    compressed = isinstance(counts, (str, bytes))
+    runs = _decompress(counts) if isinstance(counts, (str, bytes)) else counts
+    if not isinstance(runs, list) or set(map(type, runs)) != {int} or min(runs) < 0:
+        return None, "RLE has no valid counts"
+    missing = image.width * image.height - sum(runs)
+    if missing < 0:
+        return None, "RLE is longer than the image"
+    if not any(runs[1::2]):
+        return None, "RLE draws nothing"
+    if compressed and not missing:
+        return {"size": size, "counts": counts}, None
+    encoded = rle.frPyObjects(
+        {"size": size, "counts": [*runs, missing] if missing else runs}, *size
+    )
+    if missing and (len(runs) % 2 or not _fits(encoded, annotation)):
+        return None, "RLE ends before the image does"
+    return encoded, None
+
+
+def _fits(drawn: dict[str, Any], annotation: dict[str, Any]) -> bool:
+    """Whether RLE, to which a last run of background was added, shows the object as it is stated.
+
+    Some converters do not write that run; but runs may be lost as well, and then so is the object.
+    """
+    if (bbox := to_numbers(annotation.get("bbox"), 4)) is not None:
+        x, y, w, h = (np.array(bbox) - rle.toBbox(drawn)).tolist()
+        return max(map(abs, (x, y, x + w, y + h))) <= 2
+    area = to_number(annotation.get("area"))
+    return area is not None and abs(area - float(rle.area(drawn))) <= 0.05 * area
+
+
+def _decompress(counts: str | bytes) -> list[int] | None:
+    """The run lengths in COCO's compressed string; None where it is broken.
+
+    Each number is written in groups of 5 bits from the lowest, each group as a character from "0"
+    on, with 32 more where another group follows; the highest bit of the last group is the sign.
+    From the fourth number on they are differences to the last but one.
+    """
+    if not counts.isascii():
+        return None
+    data = counts.encode() if isinstance(counts, str) else counts
+    codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return None
+    ends = (codes < 32).nonzero()[0]
+    starts = np.zeros_like(ends)
+    starts[1:] = ends[:-1] + 1
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # 35 bits; an image has fewer pixels
+        return None
+    groups = np.arange(codes.size) - starts.repeat(lengths)
+    values = np.add.reduceat((codes & 31) << 5 * groups, starts)
+    values -= (codes[ends] >> 4) << 5 * lengths
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values.tolist()
 
 
 def _parse_outlined(
-    annotation: dict[str, Any], label: int, image: dict[str, Any], report: Report
+    annotation: dict[str, Any], label: int, image: ImageFile, report: Report
 ) -> _Box | None:
     box = _parse_box(annotation, label, image, report)
-    region = _parse_region(annotation, label, image, report)
-    return replace(box, segmentation=region.segmentation) if box and region else None
+    segmentation = _parse_segmentation(annotation, image, report)
+    return replace(box, segmentation=segmentation) if box and segmentation else None
 
 
 def _parse_pointed(
-    annotation: dict[str, Any], label: int, image: dict[str, Any], report: Report
+    annotation: dict[str, Any], label: int, image: ImageFile, report: Report
 ) -> _Box | None:
     box = _parse_box(annotation, label, image, report)
     points = annotation.get("keypoints")
     if not points:
         report("object has no keypoints", None)
         return None
-    if not _are_numbers(points) or len(points) % 3:
-        report("keypoints are not numbers x, y, v of each", points)
+    numbers = to_numbers(points)
+    if numbers is None or len(numbers) % 3 or max(map(abs, numbers)) > _FARTHEST:
+        report("keypoints are not finite numbers x, y, v of each", shown(points))
         return None
-    return replace(box, keypoints=points) if box else None
+    if not set(numbers[2::3]) <= {0, 1, 2}:
+        report("visibility of a keypoint is not 0, 1 or 2", shown(numbers[2::3]))
+        return None
+    return replace(box, keypoints=numbers) if box else None
 
 
-def _mirrored(file: Path, categories: list[dict[str, Any]], boxes: list[_Box]) -> list[int]:
+_FARTHEST = 1e9
+"""Coordinates of keypoints beyond it are no pixels; float32 must hold them."""
+
+
+def _mirrored(file: Path | str, categories: list[dict[str, Any]], boxes: list[_Box]) -> list[int]:
     """Which keypoint becomes which in a mirror, by the names that a category gives to them."""
     lengths = {len(box.keypoints) // 3 for box in boxes}
     if len(lengths) > 1:
@@ -267,7 +443,9 @@ def _mirrored(file: Path, categories: list[dict[str, Any]], boxes: list[_Box]) -
             "classes that have the same"
         )
     (number,) = lengths
-    names: list[str] = categories[0].get("keypoints") or []
+    names = categories[0].get("keypoints")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = []
     if len(names) != number:
         return list(range(number))
     swapped = [_OTHER_SIDE.sub(lambda side: _SIDES[side[0]], name) for name in names]
@@ -287,72 +465,103 @@ def _objects(boxes: list[_Box], extra: Extra | None, points: int) -> Objects:
         labels=np.array([box.label for box in boxes], np.int64),
         areas=np.array([box.area for box in boxes], np.float64),
         crowd=np.array([box.crowd for box in boxes], np.bool_),
-        difficult=np.zeros(len(boxes), np.bool_),
+        difficult=np.array([box.ignored for box in boxes], np.bool_),
         segmentations=[box.segmentation for box in boxes] if extra == "masks" else None,
         keypoints=keypoints,
     )
 
 
 def _read(
-    file: Path,
-    directory: Path,
+    file: Path | str,
+    directory: Path | str,
     classes: Sequence[str] | None,
     faults: list[Fault],
-    parse: Callable[[dict[str, Any], int, dict[str, Any], Report], ItemT | None],
+    parse: Callable[[dict[str, Any], int, ImageFile, Report], ItemT | None],
 ) -> tuple[list[dict[str, Any]], list[tuple[ImageFile, list[ItemT]]]]:
     """The categories, and the usable images with what ``parse`` made of the objects."""
+    file, directory = Path(file), Path(directory)
     content = load_annotations(file)
     by_id = category_names(content["categories"])
-    known_ids = sorted(by_id)
-    known_names = [by_id[i] for i in known_ids]
-    chosen = choose_classes(known_names, classes, file)
+    known_ids = list(by_id)
+    chosen = choose_classes(list(by_id.values()), classes, file)
     category_ids = [known_ids[i] for i in chosen]
     label_of = {category: label for label, category in enumerate(category_ids)}
 
-    entries = {image["id"]: image for image in content["images"]}
-    items: dict[int, list[ItemT]] = {image_id: [] for image_id in entries}
+    objects: dict[Id | None, list[tuple[int, dict[str, Any], int]]]
+    objects = {image["id"]: [] for image in content["images"]}
     for index, annotation in enumerate(content["annotations"]):
-
-        def report(reason: str, value: object, index: int = index) -> None:
-            faults.append(Fault(file, index, reason, value))
-
-        image_id, category = annotation.get("image_id"), annotation.get("category_id")
-        if image_id not in entries:
-            report("image id is not among the file's images", image_id)
-        elif category not in by_id:
-            report("category id is not among the file's categories", category)
+        image_id, category = map(to_id, map(annotation.get, ("image_id", "category_id")))
+        if image_id not in objects:
+            reason, value = "image id is not among the file's images", annotation.get("image_id")
+            faults.append(Fault(file, index, reason, shown(value)))
+        elif category is None or category not in by_id:
+            reason = "category id is not among the file's categories"
+            faults.append(Fault(file, index, reason, shown(annotation.get("category_id"))))
         elif category in label_of:
-            item = parse(annotation, label_of[category], entries[image_id], report)
-            if item is not None:
-                items[image_id].append(item)
+            objects[image_id].append((index, annotation, label_of[category]))
 
     usable = []
-    for entry in content["images"]:
-        found = items[entry["id"]]
-        if classes is not None and not found:
+    for position, entry in enumerate(content["images"]):
+        if classes is not None and not objects[entry["id"]]:
             continue
-        path = directory / entry["file_name"]
-        judged = check_image(path, (entry["width"], entry["height"]), faults)
-        if judged is not None:
-            usable.append((ImageFile(entry["id"], entry["file_name"], path, *judged), found))
+        image = find_image(entry, position, file, directory, faults)
+        if image is None:
+            continue
+        items = []
+        for index, annotation, label in objects[entry["id"]]:
+
+            def report(reason: str, value: object, index: int = index) -> None:
+                faults.append(Fault(file, index, reason, value))
+
+            item = parse(annotation, label, image, report)
+            if item is not None:
+                items.append(item)
+        if items or classes is None:
+            usable.append((image, items))
     by_category = {category["id"]: category for category in content["categories"]}
     return [by_category[i] | {"name": by_id[i]} for i in category_ids], usable
 
 
-def _are_numbers(values: object, length: int | None = None) -> TypeGuard[list[float]]:
-    return (
-        isinstance(values, list)
-        and (length is None or len(values) == length)
-        and all(isinstance(value, (int, float)) for value in values)
-    )
+def find_image(
+    entry: dict[str, Any], index: int, file: Path, directory: Path, faults: list[Fault]
+) -> ImageFile | None:
+    """The image that an entry of an annotation file means; None, and a fault more, where unusable.
+
+    Its name is relative to ``directory``, or begins with the last folders of that.
+
+    Args:
+        entry: from :func:`load_annotations`.
+        index: its position.
+        file: the annotation file.
+        directory: the folder of the images.
+        faults: faults are added here.
+    """
+    name = entry.get("file_name")
+    path = inside(directory, name) if isinstance(name, str) else None
+    if path is None:
+        reason = "file_name is not a path inside of the folder of the images"
+        faults.append(Fault(file, index, reason, shown(name)))
+        return None
+    stated = [entry.get("width"), entry.get("height")]
+    size = to_numbers(stated)
+    if stated != [None, None] and (size is None or min(size) <= 0):
+        reason = "width and height of the image are not positive numbers"
+        faults.append(Fault(file, index, reason, shown(stated)))
+        return None
+    parts = path.relative_to(directory).parts
+    for number in range(1, len(parts)):
+        if parts[:number] == directory.parts[-number:] and not path.exists():
+            path = directory.joinpath(*parts[number:])
+    judged = check_image(path, (size[0], size[1]) if size else None, faults)
+    return judged and ImageFile(entry["id"], "/".join(parts), path, *judged)
 
 
-def coco_splits(root: Path, extra: Extra | None = None) -> list[str]:
+def coco_splits(root: str | Path, extra: Extra | None = None) -> list[str]:
     """The splits of a data set in one of the layouts that :func:`find_coco` knows, sorted."""
-    return sorted(_annotation_files(root, extra))
+    return sorted(_annotation_files(Path(root), extra))
 
 
-def find_coco(root: Path, split: str, extra: Extra | None = None) -> tuple[Path, Path]:
+def find_coco(root: str | Path, split: str, extra: Extra | None = None) -> tuple[Path, Path]:
     """The annotation file and the image directory of a split.
 
     Known layouts: ``annotations/instances_<split>.json`` with the images in ``<split>/``,
@@ -364,13 +573,14 @@ def find_coco(root: Path, split: str, extra: Extra | None = None) -> tuple[Path,
     Raises:
         DataError: there is no such split (those that exist are named), or no image directory.
     """
+    root = Path(root)
     files = _annotation_files(root, extra)
     if split not in files:
         dated = [name for name in files if re.fullmatch(re.escape(split) + r"\d+", name)]
         if len(dated) != 1:
             raise DataError(
-                f"{root}: neither annotations/instances_{split}.json nor "
-                f"{split}/_annotations.coco.json is there; "
+                f"{root}: there is no split {shown(split)}, neither "
+                "annotations/instances_<split>.json nor <split>/_annotations.coco.json; "
                 f"splits found: {', '.join(sorted(files)) or 'none'}"
             )
         split = dated[0]
@@ -391,170 +601,222 @@ def _annotation_files(root: Path, extra: Extra | None = None) -> dict[str, Path]
     for prefix in ("instances_", "person_keypoints_") if extra == "keypoints" else ("instances_",):
         for file in (root / "annotations").glob(f"{prefix}*.json"):
             files[file.stem.removeprefix(prefix)] = file
-    return files
+    return {name: file for name, file in files.items() if inside(root, name)}
 
 
-_REQUIRED: dict[str, dict[str, type]] = {
-    "images": {"id": int, "file_name": str, "width": int, "height": int},
-    "categories": {"id": int, "name": str},
-    "annotations": {},
-}
-
-
-def load_annotations(file: Path) -> dict[str, Any]:
-    """The content of a COCO annotation file.
+def load_annotations(file: Path | str) -> dict[str, Any]:
+    """The content of a COCO annotation file, see :func:`check_content`.
 
     Raises:
-        DataError: the file is missing, is not JSON, or lacks what makes it an annotation file.
+        DataError: the file cannot be read, is not JSON, or lacks what makes it an annotation file.
     """
-    content = _load_json(file)
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{file}: is a list, as results files are; an annotation file has images, annotations "
-            "and categories"
-        )
-    for section, required in _REQUIRED.items():
-        if not isinstance(content.get(section), list):
-            raise DataError(f"{file}: has no list of {section}; a COCO annotation file needs one")
-        ids = set()
-        for index, entry in enumerate(content[section]):
-            if not isinstance(entry, dict):
-                raise DataError(f"{file}: {section}[{index}] is {entry!r} and not an object")
-            for key, kind in required.items():
-                if not isinstance(entry.get(key), kind):
-                    raise DataError(
-                        f"{file}: {section}[{index}] has {key} = {entry.get(key)!r}; "
-                        f"make it {'an integer' if kind is int else 'a string'}"
-                    )
-            if required and entry["id"] in ids:
-                raise DataError(f"{file}: {section}[{index}] repeats the id {entry['id']}")
-            ids.add(entry.get("id"))
-    return content
+    return check_content(_load_json(file), file)
 
 
-def load_results(file: Path) -> list[dict[str, Any]]:
-    """The predictions in a COCO results file.
+def load_results(file: Path | str) -> list[dict[str, Any]]:
+    """The predictions in a COCO results file, see :func:`check_results`.
 
     Raises:
-        DataError: the file is missing, is not JSON, or an entry (named by its index) is not a box
-            with an image id, a category id and a score.
+        DataError: the file cannot be read, is not JSON, or an entry (named by its index) is not a
+            box with an image id, a category id and a score.
     """
-    content = _load_json(file)
-    if not isinstance(content, list):
-        raise DataError(
-            f"{file}: is no list; a results file is a list of entries with image_id, category_id, "
-            "bbox and score"
-        )
-    for index, entry in enumerate(content):
-        for key in ("image_id", "category_id", "bbox", "score"):
-            if not isinstance(entry, dict) or key not in entry:
-                raise DataError(f"{file}: entry {index} has no {key!r}")
-        numbers = [*entry["bbox"], entry["score"]] if _are_numbers(entry["bbox"], 4) else None
-        if not _are_numbers(numbers) or not np.isfinite(np.array(numbers)).all():
-            raise DataError(
-                f"{file}: entry {index} has the bbox {entry['bbox']} and the score "
-                f"{entry['score']!r}; needed are x, y, width, height and a score, finite numbers"
-            )
-    return content
+    return check_results(_load_json(file), file)
 
 
-def _load_json(file: Path) -> Any:
+def _load_json(file: Path | str) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        return json.loads(read_text(Path(file)))
     except ValueError as error:
         raise DataError(f"{file}: is not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{file}: is not valid JSON (nested too deeply)") from error
 
 
-_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+def coco_metrics(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], *, max_dets: int = 100
+) -> dict[str, Any]:
+    """COCO's twelve numbers for boxes, and the AP of each class.
 
-
-class _Evaluation(COCOeval):
-    """Ignores difficult objects as COCOeval ignores crowds, but matches them by plain IoU."""
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        for objects in self._gts.values():
-            for annotation in objects:
-                annotation["ignore"] = annotation["ignore"] or annotation.get("difficult", 0)
-
-
-def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """COCO's twelve numbers for boxes, computed by pycocotools, and the AP of each class.
-
-    The values are those of pycocotools, with three differences where it has no value to give:
-    a number that cannot be computed is None and not -1, predictions for images outside the ground
-    truth are left out instead of stopping the program, and objects marked ``difficult: 1`` (VOC)
-    count neither as found nor as missed.
+    The values are those of pycocotools, with these differences: a number that cannot be computed
+    is None and not -1, predictions for images outside the ground truth are left out instead of
+    stopping the program, and objects marked ``difficult: 1`` (VOC) or ``ignore: 1`` count neither
+    as found nor as missed.
 
     Args:
-        ground_truth: the content of an annotation file; ``area`` and ``iscrowd`` may be absent.
+        ground_truth: the content of an annotation file. ``area`` may be absent, null or faulty:
+            that of the box is taken. Ids may be integers or text.
         results: the content of a results file, boxes XYWH.
+        max_dets: how many predictions of one class in one image count, the most confident ones; at
+            least 10. The sizes' AP and AR, and all but ``AR1`` and ``AR10``, are taken at it.
 
     Returns:
-        ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``, ``AR1``, ``AR10``, ``AR100``,
-        ``ARs``, ``ARm``, ``ARl``; ``per_class``, AP by class name; and ``notes``, one sentence for
-        each reason why a number is None or predictions were left out.
+        ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``, ``AR1``, ``AR10``, ``AR100`` (or
+        what ``max_dets`` is), ``ARs``, ``ARm``, ``ARl``; ``per_class``, AP by class name; and
+        ``notes``, one sentence for each reason why a number is None or something was left out.
 
     Raises:
-        DataError: the ground truth has no images, or an object of it no box, image or category.
+        DataError: the ground truth or the results are not such content (the entry is named), there
+            are no images, or ``max_dets`` is below 10.
     """
+    if not isinstance(max_dets, int) or max_dets < 10:
+        raise DataError(f"max_dets is {max_dets}; take an integer from 10 up")
     notes: list[str] = []
-    usable = usable_results(ground_truth, results, notes)
-    evaluation = _evaluate(ground_truth, usable)
+    content = check_content(ground_truth, "ground truth")
+    if not content["images"]:
+        raise DataError("ground truth: there are no images, so nothing can be judged")
+    objects = _by_place(usable_objects(content, notes))
+    found = _by_place(usable_results(content, results, notes))
+    if cut := sum(max(0, len(group) - max_dets) for group in found.values()):
+        notes.append(
+            f"{cut} predictions were left out: of one class in one image the {max_dets} most "
+            "confident ones count (max_dets)."
+        )
+    images = sorted((image["id"] for image in content["images"]), key=id_order)
+    names = category_names(content["categories"])
+    precision, recall = _accumulate(objects, found, images, list(names), max_dets)
     metrics: dict[str, Any] = {
-        name: _defined(value) for name, value in zip(_NUMBERS, evaluation.stats, strict=True)
-    }
-    # precision: (thresholds, recalls, classes, areas, detections); -1 where there is no object
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    names = category_names(ground_truth["categories"])
-    metrics["per_class"] = {
-        names[category]: _defined(precision[:, :, k].mean())
-        for k, category in enumerate(evaluation.params.catIds)
+        "AP": _mean(precision[..., 0, 2]),
+        "AP50": _mean(precision[0, ..., 0, 2]),
+        "AP75": _mean(precision[5, ..., 0, 2]),
+        "APs": _mean(precision[..., 1, 2]),
+        "APm": _mean(precision[..., 2, 2]),
+        "APl": _mean(precision[..., 3, 2]),
+        "AR1": _mean(recall[..., 0, 0]),
+        "AR10": _mean(recall[..., 0, 1]),
+        f"AR{max_dets}": _mean(recall[..., 0, 2]),
+        "ARs": _mean(recall[..., 1, 2]),
+        "ARm": _mean(recall[..., 2, 2]),
+        "ARl": _mean(recall[..., 3, 2]),
+        "per_class": {
+            name: _mean(precision[:, :, k, 0, 2]) for k, name in enumerate(names.values())
+        },
     }
     metrics["notes"] = notes + list(_reasons(metrics))
     return metrics
 
 
-def _evaluate(ground_truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
-    if not ground_truth["images"]:
-        raise DataError("ground truth: there are no images, so nothing can be judged")
-    objects = []
-    for number, annotation in enumerate(ground_truth["annotations"], start=1):
-        for key in ("image_id", "category_id"):
-            if key not in annotation:
-                raise DataError(f"ground truth: annotations[{number - 1}] has no {key}")
-        bbox = annotation.get("bbox")
-        if not _are_numbers(bbox, 4):
-            raise DataError(
-                f"ground truth: annotations[{number - 1}] has the bbox {bbox}; boxes can only be "
-                "judged where each object has four numbers x, y, width, height"
-            )
-        objects.append(
+Group = list[dict[str, Any]]
+
+
+def _by_place(entries: Group) -> dict[tuple[Id, Id], Group]:
+    """Objects or predictions by category and image."""
+    groups: dict[tuple[Id, Id], Group] = defaultdict(list)
+    for entry in entries:
+        groups[entry["category_id"], entry["image_id"]].append(entry)
+    return groups
+
+
+def _accumulate(
+    objects: dict[tuple[Id, Id], Group],
+    found: dict[tuple[Id, Id], Group],
+    images: list[Id],
+    categories: list[Id],
+    max_dets: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Precision and recall as pycocotools accumulates them; -1 where there is no object.
+
+    Its matching goes through every pair of class and image, and in each through every pair of
+    prediction and object, in Python. Here only what is there and overlaps is gone through, and
+    one class after the other, which bounds the memory.
+
+    Returns:
+        Precision ``(thresholds, recalls, classes, areas, detections)`` and recall ``(thresholds,
+        classes, areas, detections)``.
+    """
+    evaluation = COCOeval(iouType="bbox")
+    params = evaluation._paramsEval = evaluation.params
+    params.maxDets = [1, 10, max_dets]
+    present: dict[Id, set[Id]] = defaultdict(set)
+    for category, image in (*objects, *found):
+        present[category].add(image)
+    precision, recall = [], []
+    for category in categories:
+        params.catIds = [category]
+        params.imgIds = [image for image in images if image in present[category]]
+        compared = [
+            _compare(objects.get((category, image), []), found.get((category, image), []), params)
+            for image in params.imgIds
+        ]
+        # in the order area, image; a class that is nowhere still needs one entry
+        evaluation.evalImgs = [each for area in zip(*compared, strict=True) for each in area]
+        if not compared:
+            params.imgIds, evaluation.evalImgs = [None], [None] * len(params.areaRng)
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation.accumulate()
+        precision.append(evaluation.eval["precision"])
+        recall.append(evaluation.eval["recall"])
+    return np.concatenate(precision, axis=2), np.concatenate(recall, axis=1)
+
+
+def _compare(objects: Group, found: Group, params: Any) -> list[dict[str, Any]]:
+    """What ``COCOeval.evaluateImg`` returns for each range of areas, of one class in one image."""
+    found = sorted(found, key=lambda result: -result["score"])[: params.maxDets[-1]]
+    boxes = np.array([result["bbox"] for result in found]).reshape(-1, 4)
+    truth = np.array([each["bbox"] for each in objects]).reshape(-1, 4)
+    crowd = [each["iscrowd"] for each in objects]
+    overlap = np.zeros((len(found), len(objects)))
+    if found and objects:
+        overlap = rle.iou(boxes, truth, crowd)
+    areas = np.array([each["area"] for each in objects])
+    never = np.array([each["iscrowd"] or each["difficult"] for each in objects], np.bool_)
+    found_areas = boxes[:, 2] * boxes[:, 3]
+    compared = []
+    for low, high in params.areaRng:
+        ignored = never | (areas < low) | (areas > high)
+        matched, skipped = _match(overlap, ignored, crowd, params.iouThrs)
+        outside = (found_areas < low) | (found_areas > high)
+        compared.append(
             {
-                "area": bbox[2] * bbox[3],
-                "iscrowd": 0,
-                # pycocotools takes an object with the id 0 for one that was never found
-                **{key: annotation[key] for key in annotation if key != "segmentation"},
-                "id": number,
+                "dtScores": [result["score"] for result in found],
+                "dtMatches": matched,
+                "dtIgnore": skipped | (~matched & outside),
+                "gtIgnore": ignored,
             }
         )
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth, predictions = COCO(), COCO()
-        truth.dataset = {**ground_truth, "annotations": objects}
-        truth.createIndex()
-        if results:
-            predictions = truth.loadRes([dict(result) for result in results])
-        evaluation = _Evaluation(truth, predictions, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
+    return compared
 
 
-def _defined(value: float) -> float | None:
-    return None if value == -1 else float(value)
+def _match(
+    overlap: NDArray[np.float64],
+    ignored: NDArray[np.bool_],
+    crowd: list[bool],
+    thresholds: NDArray[np.float64],
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Give each prediction, from the most confident, the free object that it overlaps most.
+
+    An ignored object is only given where there is no other; a crowd is given to any number.
+
+    Returns:
+        Whether a prediction got an object, and whether an ignored one; ``(thresholds, D)``.
+    """
+    matched = np.zeros((len(thresholds), len(overlap)), np.bool_)
+    skipped = matched.copy()
+    order = np.argsort(ignored, kind="stable")  # of objects that overlap alike the last one wins
+    near = overlap[:, order]
+    pairs: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for row, column in np.argwhere(near >= thresholds[0]).tolist():
+        pairs[row].append((int(order[column]), float(near[row, column])))
+    for index, threshold in enumerate(thresholds.tolist()):
+        taken = set()
+        for row, candidates in pairs.items():
+            best, chosen = threshold, None
+            for candidate, value in candidates:
+                if value < best or candidate in taken:
+                    continue
+                if chosen is not None and ignored[candidate] and not ignored[chosen]:
+                    break
+                best, chosen = value, candidate
+            if chosen is not None:
+                matched[index, row], skipped[index, row] = True, ignored[chosen]
+                if not crowd[chosen]:
+                    taken.add(chosen)
+    return matched, skipped
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    """The mean of what could be computed."""
+    valid = values[values > -1]
+    return float(np.mean(valid)) if valid.size else None
 
 
 def _reasons(metrics: dict[str, Any]) -> Iterator[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,13 +17,22 @@ from detseg_losses.base import (
     Loss,
     check_choice,
     compute_dtype,
+    divide,
     in_blocks,
     processes,
     rows_where,
     world_sum,
 )
 from detseg_losses.pixels import PixelLoss
-from detseg_losses.spec import LossSum, SpecError, Weight, build_loss, names_of_kind
+from detseg_losses.spec import (
+    EXAMPLES,
+    LossSum,
+    SpecError,
+    Weight,
+    build_loss,
+    names_of_kind,
+    warn,
+)
 
 Normalizer = Literal["image", "batch"]
 
@@ -36,9 +45,25 @@ FIXED = ("mode", "ignore_index", "per_image", "sync", "reduction")
 COUNTERPARTS = {"focal": "softmax_focal", "bce": "ce"}
 """What a loss of independent sigmoids is called where the classes exclude each other."""
 
+UNLIKE = 4.0
+"""A role that changes by more than this factor has another share of the whole loss."""
+
+ROUNDING = 1e-3
+"""By how much resampled masks may exceed 1."""
+
+LARGEST = 20.0
+"""No larger weight, and none below its inverse, is recommended: one batch says no more than that a
+weight is wanted."""
+
 
 def read_losses(
-    spec: str, owner: str, roles: Roles, normalizer: Normalizer | None, *, softmax: bool = False
+    spec: str,
+    owner: str,
+    roles: Roles,
+    normalizer: Normalizer | None,
+    *,
+    softmax: bool = False,
+    masks: bool = False,
 ) -> LossSum:
     """Make the losses of a head, and say at once what it has no use for.
 
@@ -51,6 +76,7 @@ def read_losses(
         normalizer: what the sums over anchors are divided by; None where the losses of classes are
             means over what was sampled.
         softmax: whether the classes exclude each other, see :func:`softmax_terms`.
+        masks: whether the model has masks, whose losses stand after ``; mask:``.
 
     Raises:
         SpecError: on a string that cannot be read, a term that has no role, that is a mean by
@@ -60,14 +86,14 @@ def read_losses(
     if normalizer is not None:
         check_choice("normalizer", normalizer, Normalizer)
     loss = build_loss(spec)
+    if masks:
+        _check_masks_apart(loss)
     if softmax:
         loss = softmax_terms(loss, owner)
     eaten = [kind for kinds in roles.values() for kind in kinds]
     for name, _, term in loss.items():
         if not set(term.kinds) & set(eaten):
-            names = [other for kind in eaten for other in _names(kind, softmax)]
-            choices = ", ".join(n for n in names if not (normalizer and LOSSES[n].of_batch))
-            raise SpecError(f"{owner} has no use for {name!r}, it has for {choices}")
+            raise SpecError(f"{owner} has no use for {name!r}{_instead(term, eaten, softmax)}")
         if term.of_batch and normalizer is not None:
             raise SpecError(
                 f"{owner} divides sums by the positive anchors, and {name!r} is a mean by nature"
@@ -77,18 +103,36 @@ def read_losses(
             raise SpecError(f"{name!r}: {owner} itself decides {fixed[0]!r}")
     for role, kinds in roles.items():
         if not terms_of(loss, kinds):
-            warnings.warn(
-                f"{spec!r} has no loss of {' or '.join(kinds)}: {role!r} stays as it is",
-                stacklevel=4,
-            )
+            warn(f"{spec!r} has no loss of {' or '.join(kinds)}: {role!r} stays as it is")
     return loss
 
 
-def _names(kind: Kind, softmax: bool) -> list[str]:
-    names = names_of_kind(kind)
-    if softmax and kind == "segmentation":
-        return [name for name in names if issubclass(LOSSES[name], PixelLoss)]
-    return names
+def _instead(term: Loss, eaten: Sequence[Kind], softmax: bool) -> str:
+    """The end of a message about a term without a role: what to write."""
+    for sigmoid, exclusive in COUNTERPARTS.items():
+        if term.name == exclusive and "classification" in eaten:
+            return f"; its classes are independent sigmoids: write {sigmoid!r}"
+    names = [name for kind in eaten for name in EXAMPLES[kind]]
+    if softmax:
+        names = [name if name != "dice" else "softmax_focal" for name in names]
+    return f", it has for losses such as {', '.join(names)}"
+
+
+def is_of_masks(term: Loss) -> bool:
+    """Whether a term is a loss of masks alone, and not of the classes of boxes."""
+    return set(term.kinds) == {"segmentation"} and not isinstance(term, PixelLoss)
+
+
+def _check_masks_apart(loss: LossSum) -> None:
+    """Raise a SpecError that says how losses of masks are written beside others."""
+    masks = [(weight, term) for _, weight, term in loss.items() if is_of_masks(term)]
+    if masks:
+        others = [(weight, term) for _, weight, term in loss.items() if not is_of_masks(term)]
+        before = f"{LossSum(others)!r}; " if others else ""
+        raise SpecError(
+            f"{masks[0][1].name!r} is a loss of masks, which have a part of their own in the "
+            f"string: write {f'{before}mask: {LossSum(masks)!r}'!r}"
+        )
 
 
 def softmax_terms(loss: LossSum, owner: str) -> LossSum:
@@ -113,7 +157,8 @@ def softmax_terms(loss: LossSum, owner: str) -> LossSum:
         elif {"classification", "segmentation"} & set(term.kinds) and not isinstance(
             term, PixelLoss
         ):
-            choices = ", ".join(_names("segmentation", softmax=True))
+            names = names_of_kind("segmentation")
+            choices = ", ".join(n for n in names if issubclass(LOSSES[n], PixelLoss))
             raise SpecError(
                 f"the classes of {owner} exclude each other: it has no use for {name!r}, it has "
                 f"for {choices}"
@@ -131,10 +176,7 @@ def _counterpart(term: Loss, owner: str) -> Loss:
             f"the classes of {owner} exclude each other: {term.name!r} would be {name!r}, for "
             f"which {min(unknown)!r} has no meaning or another; write {name!r} itself"
         )
-    warnings.warn(
-        f"the classes of {owner} exclude each other: {term.name!r} is taken as {name!r}",
-        stacklevel=6,
-    )
+    warn(f"the classes of {owner} exclude each other: {term.name!r} is taken as {name!r}")
     return LOSSES[name](**options)
 
 
@@ -164,6 +206,145 @@ def check_own_loss(model: Any, own: Any) -> None:
         raise TypeError(f"{name} has a compute_loss of its own, which would not call these losses")
 
 
+def check_labels(labels: Sequence[Tensor], classes: int | None, *, background: bool = True) -> None:
+    """Refuse the labels of objects that are out of range, on the CPU, where a look costs nothing.
+
+    Args:
+        labels: of each image ``(G,)``.
+        classes: ``num_classes`` of the model, the background included; None where that is unknown.
+        background: whether the label 0 means background to the model; to a RetinaNet or FCOS it is
+            a class as any other.
+
+    Raises:
+        ValueError: naming the image and the label.
+    """
+    first = 1 if background else 0
+    for number, found in enumerate(labels):
+        if not in_blocks(found) or not found.numel():
+            continue
+        low, high = (int(value) for value in found.aminmax())
+        if low < first or (classes is not None and high >= classes):
+            wrong = low if low < first else high
+            allowed = f"{min(1, classes - 1)}..{classes - 1}" if classes else "labels from 1"
+            known = f"num_classes={classes}" if classes else "the model"
+            zero = "; 0 is the background" if background and wrong == 0 else ""
+            raise ValueError(f"image {number}: label {wrong}, but {known} allows {allowed}{zero}")
+
+
+def check_class_labels(labels: Sequence[Tensor], classes: int) -> None:
+    """Refuse labels from 0 that are out of range, as :func:`check_labels` does.
+
+    Args:
+        labels: of each image ``(G,)``.
+        classes: ``num_labels`` of the model.
+
+    Raises:
+        ValueError: naming the image and the label.
+    """
+    for number, found in enumerate(labels):
+        if in_blocks(found) and found.numel():
+            low, high = (int(value) for value in found.aminmax())
+            if low < 0 or high >= classes:
+                raise ValueError(
+                    f"image {number}: label {low if low < 0 else high}, but num_labels={classes} "
+                    f"allows 0..{classes - 1}"
+                )
+
+
+def compare(
+    loss: LossSum,
+    entry: str,
+    values: Mapping[str, Tensor],
+    stock: Callable[[], Tensor],
+    say: Callable[[str], None] = warn,
+    stage: str = "",
+) -> None:
+    """Say once where the terms of an entry are of another scale than the loss that they replace.
+
+    To be called in steps with objects alone, for others tell nothing. After the first of these it
+    costs nothing.
+
+    Args:
+        loss: the losses of the model.
+        entry: what the model calls its loss.
+        values: the weighted values of the terms that replace it, by name; may be empty.
+        stock: computes the model's own loss.
+        say: what to call with the message.
+        stage: what stands before these terms in the loss string, ``"rpn: "`` for example.
+    """
+    if not values or entry in loss.compared or torch.compiler.is_compiling():
+        return
+    loss.compared.add(entry)
+    ours = total(values).detach().double()
+    if ours.is_meta:
+        return
+    with torch.no_grad():
+        ratio = float(divide(ours, stock().double()))
+    terms = [(weight, term) for name, weight, term in loss.items() if name in values]
+    if better := better_weights([weight for weight, _ in terms], ratio):
+        pairs = zip(better, terms, strict=True)
+        written = " + ".join(f"{weight:g}*{_as_written(term)}" for weight, (_, term) in pairs)
+        say(
+            f"{entry} is {ratio:.2g} times the stock loss in the first batch with objects: think "
+            f"of a {'larger' if ratio < 1 else 'smaller'} weight in the loss string: write "
+            f"{stage + written!r}"
+        )
+
+
+def _as_written(term: Loss) -> str:
+    """A term as a user writes it, without what the head itself decides."""
+    options = term.given | dict(term.named_buffers(recurse=False))
+    return repr(type(term)(**{name: v for name, v in options.items() if name not in FIXED}))
+
+
+def better_weights(weights: Sequence[Weight], ratio: float) -> list[float] | None:
+    """Weights for terms whose sum is ``ratio`` times what it should be: 1, 2 or 5 times a power of
+    10, up to :data:`LARGEST`.
+
+    Returns:
+        None where the ratio is within :data:`UNLIKE`, where the weights are that far from 1
+        already, and where one is on a ramp or learned, and so does not stay what it is.
+    """
+    numbers = [float(w) for w in weights if isinstance(w, (int, float)) and w > 0]
+    if len(numbers) < len(weights) or not 0 < ratio < math.inf or 1 / UNLIKE < ratio < UNLIKE:
+        return None
+    if ratio < 1:
+        factor = min(1 / ratio, LARGEST / max(numbers))
+    else:
+        factor = max(1 / ratio, 1 / (LARGEST * min(numbers)))
+    if 1 / UNLIKE < factor < UNLIKE or (factor > 1) != (ratio < 1):
+        return None
+    return [_rounded(weight * factor) for weight in numbers]
+
+
+def _rounded(weight: float) -> float:
+    """The nearest of 1, 2 and 5, times a power of 10."""
+    power = 10.0 ** math.floor(math.log10(weight))
+    choices = [digit * power for digit in (1, 2, 5, 10)]
+    return min(choices, key=lambda choice: abs(math.log(choice / weight)))
+
+
+def within_0_and_1(masks: Tensor) -> Tensor:
+    """Masks that were resampled, without what rounding adds to 1.
+
+    Raises:
+        ValueError: on values that are not within 0 and 1, on the CPU.
+    """
+    if in_blocks(masks) and masks.numel():
+        low, high = (float(value) for value in masks.aminmax())
+        if not -ROUNDING <= low <= high <= 1 + ROUNDING:
+            remedy = "; divide by 255" if low >= 0 and 1 < high < 256 else ""
+            raise ValueError(
+                f"masks must be within 0 and 1, these are in {low:g}..{high:g}{remedy}"
+            )
+    return masks.clamp(0, 1)
+
+
+def with_objects(targets: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether any image has one."""
+    return any(len(target["boxes"]) for target in targets)
+
+
 def factor_of_images(foreground: Tensor, normalizer: Normalizer) -> Tensor:
     """What the sums over the anchors of each image are multiplied by, ``(B, 1)``.
 
@@ -184,8 +365,10 @@ def of_matches(key: str, targets: list[dict[str, Tensor]], matched_idxs: list[Te
     found = []
     for target, matched in zip(targets, matched_idxs, strict=True):
         values = target[key]
-        nothing = values.new_zeros(1, *values.shape[1:])
-        found.append(torch.cat((values, nothing))[matched.clamp(min=-1)])
+        # Without an object the shape may be another one.
+        nothing = values.new_zeros((1, 4) if key == "boxes" else (1,))
+        values = torch.cat((values, nothing)) if len(values) else nothing
+        found.append(values[matched.clamp(min=-1)])
     return torch.stack(found)
 
 
@@ -204,13 +387,7 @@ def class_losses(
         targets: of each image ``labels`` ``(G,)``.
         matched_idxs: of each image ``(A,)``: which object, -1 none, -2 left out.
         factor: what the anchors of each image count, ``(B, 1)``.
-
-    Raises:
-        ValueError: on a negative label, where that can be seen.
     """
-    for number, target in enumerate(targets):
-        if in_blocks(logits) and (target["labels"] < 0).any():  # they would count as background
-            raise ValueError(f"labels of image {number} are negative: {target['labels'].tolist()}")
     matched = torch.stack(matched_idxs)
     labels = torch.where(matched >= 0, of_matches("labels", targets, matched_idxs), matched)
     return {
@@ -295,6 +472,18 @@ def entries(
     """A model's loss dictionary: the sums of the terms, and what it computes itself without any."""
     own = {} if all(losses.values()) else stock()
     return {key: total(values) if values else own[key] for key, values in losses.items()}
+
+
+def compare_all(
+    loss: LossSum,
+    losses: Mapping[str, Mapping[str, Tensor]],
+    stock: Callable[[], Mapping[str, Tensor]],
+    stage: str = "",
+) -> None:
+    """:func:`compare` several entries, whose stock losses are computed together."""
+    together = functools.cache(stock)
+    for entry, values in losses.items():
+        compare(loss, entry, values, lambda: together()[entry], stage=stage)  # noqa: B023
 
 
 def total(values: Mapping[str, Tensor]) -> Tensor:

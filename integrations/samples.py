@@ -11,13 +11,14 @@ import difflib
 import math
 import os
 import re
+import reprlib
 import stat
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeGuard, TypeVar
 
 import torch
 
@@ -36,6 +37,9 @@ Faulty = Literal["skip", "refuse"]
 Extra = Literal["masks", "keypoints"]
 """What a detector can want to know of its objects beside boxes and labels."""
 
+Id = int | str
+"""What a data set calls an image or a category by; the text "1" is not the integer 1."""
+
 
 class DataError(ValueError):
     """A fault of the user's data or of what was asked of it, with the remedy in the message."""
@@ -50,7 +54,7 @@ class Fault:
         index: position of the object (or of the image entry) in that file, from 0; None where
             the whole file is meant.
         reason: the kind of fault, the same words for the same kind, so that faults can be counted.
-        value: what was found.
+        value: what was found; what a file holds is made fit to be printed by :func:`shown`.
     """
 
     file: Path
@@ -81,8 +85,8 @@ class DetectionSample:
         image: ``(H, W, 3)`` uint8, RGB.
         boxes: ``(N, 4)`` float32, XYXY in pixels.
         labels: ``(N,)`` int64 in ``[0, K)``.
-        ignored: ``(N,)`` bool: crowds and VOC's difficult objects, to be left out of training;
-            the metric counts them neither as found nor as missed.
+        ignored: ``(N,)`` bool: crowds, objects that COCO says to ignore and VOC's difficult ones.
+            Training leaves them out; the metric counts them neither as found nor as missed.
         image_id: the id of the image in :meth:`DetectionData.ground_truth`.
         masks: ``(N, H, W)`` uint8, 1 on the object and 0 elsewhere; None where they were not asked
             for.
@@ -94,7 +98,7 @@ class DetectionSample:
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
     ignored: NDArray[np.bool_]
-    image_id: int
+    image_id: Id
     masks: NDArray[np.uint8] | None = None
     keypoints: NDArray[np.float32] | None = None
 
@@ -112,7 +116,7 @@ class SegmentationSample:
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
-    image_id: int
+    image_id: Id
     name: str
 
 
@@ -122,14 +126,14 @@ class ImageFile:
 
     Attributes:
         id: its id in the data set.
-        name: its name in the data set.
+        name: its name in the data set, a relative path that never leads upwards.
         path: where it lies.
         width: in pixels, as the data set sees the image.
         height: in pixels, as the data set sees the image.
         upright: whether the data set sees it turned by its EXIF orientation.
     """
 
-    id: int
+    id: Id
     name: str
     path: Path
     width: int
@@ -146,7 +150,7 @@ class Objects:
         labels: ``(N,)`` int64 in ``[0, K)``.
         areas: ``(N,)`` float64, px^2.
         crowd: ``(N,)`` bool.
-        difficult: ``(N,)`` bool.
+        difficult: ``(N,)`` bool: VOC's difficult objects, and those that COCO says to ignore.
         segmentations: polygons or RLE of each, as in the file; None where they were not asked for.
         keypoints: ``(N, K, 3)`` float32; None where they were not asked for.
     """
@@ -241,7 +245,7 @@ class DetectionData(ImageData[DetectionRecord, DetectionSample]):
             one; empty where there are no keypoints.
     """
 
-    category_ids: list[int]
+    category_ids: list[Id]
     mirrored: Sequence[int] = ()
 
     def __getitem__(self, index: int) -> DetectionSample:
@@ -324,7 +328,7 @@ def split(data: DataT, fraction: float, seed: int) -> tuple[DataT, DataT]:
     return data.select(sorted(order[number:])), data.select(sorted(order[:number]))
 
 
-def select_listed(data: DataT, file: Path) -> DataT:
+def select_listed(data: DataT, file: str | Path) -> DataT:
     """The images named in a text file, one name a line, with or without extension.
 
     The data keeps its own order. Empty lines are skipped.
@@ -332,6 +336,7 @@ def select_listed(data: DataT, file: Path) -> DataT:
     Raises:
         DataError: the file cannot be read, or names an image that the data does not have.
     """
+    file = Path(file)
     lines = read_text(file).splitlines()
     positions: dict[str, int] = {}
     for index, name in enumerate(data.names):
@@ -398,7 +403,8 @@ def check_box(
 
 def _has_area(box: tuple[float, float, float, float], width: int, height: int) -> bool:
     """Judged in float32 as a fraction of the image, as augmentation will see the box."""
-    x1, y1, x2, y2 = np.array(box, np.float32) / np.array([width, height] * 2, np.float32)
+    with np.errstate(over="ignore"):
+        x1, y1, x2, y2 = np.array(box, np.float32) / np.array([width, height] * 2, np.float32)
     return bool(x1 < x2 and y1 < y2)
 
 
@@ -410,9 +416,27 @@ def inside(directory: Path, name: str) -> Path | None:
     """
     path = PurePosixPath(name.replace("\\", "/"))
     strange = path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name)
-    if strange or not path.parts or re.search("[\0\ud800-\udfff]", name):
+    if strange or not path.parts or "\0" in name or not is_text(name):
         return None
     return directory / path
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether it is text that can be printed and encoded: JSON may hold halves of characters."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def shown(value: object) -> str:
+    """A value of a data file as a message can show it: short and printable, whatever it is."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # an integer of more digits than Python is willing to print
+        return f"{type(value).__name__} with a number of very many digits"
+
+
+_short = reprlib.Repr()
+_short.maxlist = _short.maxdict = 8
+_short.maxstring = _short.maxother = 80
 
 
 def read_text(file: Path) -> str:
@@ -452,13 +476,38 @@ def check_regular(file: Path) -> None:
 
 def to_number(value: object) -> float | None:
     """A finite number that was written as one or, as some converters do, as text; else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if type(value) is float:
+        return value if math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, (float, int, str, np.number)):
         return None
+    if isinstance(value, str) and "_" in value:
+        return None  # Python takes 1_000 for a number, other programs do not
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def to_numbers(values: object, length: int | None = None) -> list[float] | None:
+    """A list of finite numbers, see :func:`to_number`; None for anything else."""
+    if not isinstance(values, (list, tuple, np.ndarray)):
+        return None
+    if length is not None and len(values) != length:
+        return None
+    found = [number for value in values if (number := to_number(value)) is not None]
+    return found if len(found) == len(values) else None
+
+
+def to_id(value: object) -> Id | None:
+    """An id: an integer, also one written as 1.0, or text; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return int(value)
+    return None
 
 
 _FLAGS = {"true": 1, "yes": 1, "false": 0, "no": 0, "": 0}
@@ -482,6 +531,7 @@ UNREADABLE = (
     SyntaxError,
     ValueError,
     EOFError,
+    RuntimeError,
     struct.error,
     Image.DecompressionBombError,
     ImportError,
@@ -501,6 +551,7 @@ class Header:
         width: in pixels, as stored.
         height: in pixels, as stored.
         mode: Pillow's name of the kind of pixels: ``"RGB"``, ``"P"``, ``"L"``, ...
+        format: Pillow's name of the format: ``"JPEG"``, ``"PNG"``, ...
         orientation: EXIF's number, 1 where the image is upright or does not say; from 5 on width
             and height change places when it is shown.
     """
@@ -508,6 +559,7 @@ class Header:
     width: int
     height: int
     mode: str
+    format: str
     orientation: int = 1
 
 
@@ -522,11 +574,10 @@ def read_header(file: Path, faults: list[Fault]) -> Header | None:
         check_regular(file)
         with file.open("rb") as stream:
             with Image.open(stream) as image:
-                header = Header(*image.size, image.mode, _orientation(image))
-                image_format = image.format or ""
+                header = Header(*image.size, image.mode, image.format or "", _orientation(image))
             stream.seek(0, os.SEEK_END)
             stream.seek(max(0, stream.tell() - 4096))
-            mark = _END_MARKS.get(image_format)
+            mark = _END_MARKS.get(header.format)
             complete = mark is not None and mark in stream.read()
         if not complete:
             _decode(file)
@@ -540,7 +591,10 @@ def read_header(file: Path, faults: list[Fault]) -> Header | None:
 
 
 def check_image(
-    file: Path, stated: tuple[float, float] | None, faults: list[Fault]
+    file: Path,
+    stated: tuple[float, float] | None,
+    faults: list[Fault],
+    stated_by: str = "annotation states",
 ) -> tuple[int, int, bool] | None:
     """Judge an image against the size that its annotation states.
 
@@ -567,7 +621,7 @@ def check_image(
     found = f"{size[0]}x{size[1]}"
     if header.orientation != 1:
         found += f" with EXIF orientation {header.orientation}"
-    reason = "image is not of the size that its annotation states"
+    reason = f"image is not of the size that its {stated_by}"
     faults.append(Fault(file, None, reason, f"{found} for {stated[0]:g}x{stated[1]:g}"))
     return None
 
@@ -575,10 +629,13 @@ def check_image(
 def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # to look for a later block would decode the image
+    if image.format == "TIFF":
+        return 1  # Pillow has turned it
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except UNREADABLE:
         return 1  # a damaged tag is no damaged image
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _decode(file: Path, upright: bool = False) -> Image.Image:
@@ -607,11 +664,11 @@ def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
 
 
 def to_results(
-    image_id: int,
+    image_id: Id,
     boxes: torch.Tensor,
     scores: torch.Tensor,
     labels: torch.Tensor,
-    category_ids: Sequence[int],
+    category_ids: Sequence[Id],
 ) -> list[dict[str, Any]]:
     """The predictions for one image as entries of a COCO results file.
 
@@ -639,33 +696,217 @@ def to_results(
     return results
 
 
-def category_names(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
-    """Names by id; a name that several ids bear (Roboflow writes such files) gets its id added."""
+def category_names(categories: Sequence[dict[str, Any]]) -> dict[Id, str]:
+    """Names by id, integers before text, each upwards.
+
+    A name that several ids bear (Roboflow writes such files) gets its id added.
+    """
     counts = Counter(category["name"] for category in categories)
     return {
         c["id"]: c["name"] if counts[c["name"]] == 1 else f"{c['name']}#{c['id']}"
-        for c in categories
+        for c in sorted(categories, key=lambda category: id_order(category["id"]))
     }
+
+
+def id_order(value: Id) -> tuple[bool, Id]:
+    """What to sort ids by: integers before text, each upwards."""
+    return isinstance(value, str), value
+
+
+def check_content(content: object, origin: object) -> dict[str, Any]:
+    """The content of a COCO annotation file, with ids as :func:`to_id` reads them.
+
+    Only what every use of such a file needs is judged: lists of images, annotations and
+    categories, whose entries are objects; ids, each once; and the names of the categories.
+
+    Args:
+        content: what the file holds.
+        origin: what a message calls it.
+
+    Raises:
+        DataError: naming the entry.
+    """
+    if not isinstance(content, dict):
+        found = "a list, as results files are" if isinstance(content, list) else shown(content)
+        raise DataError(
+            f"{origin}: is {found}; an annotation file has images, annotations and categories"
+        )
+    checked = dict(content)
+    for section in ("images", "categories", "annotations"):
+        entries = content.get(section)
+        if not isinstance(entries, list):
+            raise DataError(f"{origin}: has no list of {section}; a COCO annotation file needs one")
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise DataError(f"{origin}: {section}[{index}] is {shown(entry)} and not an object")
+            if section == "categories" and not is_text(entry.get("name")):
+                raise DataError(
+                    f"{origin}: categories[{index}] has name = {shown(entry.get('name'))}; make "
+                    "it a string"
+                )
+        if section != "annotations":
+            checked[section] = _identified(entries, f"{origin}: {section}")
+    return checked
+
+
+def _identified(entries: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
+    by_id: dict[Id, dict[str, Any]] = {}
+    for index, entry in enumerate(entries):
+        key = to_id(entry.get("id"))
+        if key is None:
+            raise DataError(
+                f"{place}[{index}] has id = {shown(entry.get('id'))}; make it an integer or a "
+                "string"
+            )
+        if key in by_id:
+            raise DataError(f"{place}[{index}] repeats the id {shown(key)}")
+        by_id[key] = {**entry, "id": key}
+    return list(by_id.values())
+
+
+def check_results(results: object, origin: object) -> list[dict[str, Any]]:
+    """The entries of a COCO results file, with ids and numbers as the readers read them.
+
+    Args:
+        results: what the file holds.
+        origin: what a message calls it.
+
+    Raises:
+        DataError: naming the entry.
+    """
+    if not isinstance(results, (list, tuple)):
+        raise DataError(
+            f"{origin}: is no list; a results file is a list of entries with image_id, "
+            "category_id, bbox and score"
+        )
+    checked = []
+    for index, entry in enumerate(results):
+        for key in ("image_id", "category_id", "bbox", "score"):
+            if not isinstance(entry, dict) or key not in entry:
+                raise DataError(f"{origin}: entry {index} has no {key!r}")
+        box, score = to_numbers(entry["bbox"], 4), to_number(entry["score"])
+        if box is None or score is None:
+            raise DataError(
+                f"{origin}: entry {index} has the bbox {shown(entry['bbox'])} and the score "
+                f"{shown(entry['score'])}; needed are x, y, width, height and a score, finite "
+                "numbers"
+            )
+        ids = _ids(entry, f"{origin}: entry {index}")
+        checked.append({**entry, **ids, "bbox": box, "score": score})
+    return checked
+
+
+def _ids(entry: dict[str, Any], place: str) -> dict[str, Id]:
+    ids = {}
+    for key in ("image_id", "category_id"):
+        value = to_id(entry.get(key))
+        if value is None:
+            raise DataError(
+                f"{place} has {key} = {shown(entry.get(key))}; make it an integer or a string"
+            )
+        ids[key] = value
+    return ids
+
+
+def to_area(annotation: dict[str, Any], box_area: float) -> tuple[float, str | None]:
+    """The area that an object states, or that of its box; and the fault, or None.
+
+    An area that is absent or null is no fault, one that is negative or no number is.
+    """
+    stated = annotation.get("area")
+    area = to_number(stated)
+    if area is not None and area >= 0:
+        return area, None
+    fault = "area is not a number from 0 up, that of the box is taken"
+    return box_area, None if stated is None else fault
+
+
+def usable_objects(ground_truth: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
+    """The objects that a metric can judge by; what was left out or mended is said in ``notes``.
+
+    Args:
+        ground_truth: what :func:`check_content` returned.
+        notes: sentences are added here.
+
+    Returns:
+        Of each object ``image_id``, ``category_id``, ``bbox`` (four floats, XYWH), ``area``,
+        ``iscrowd`` and ``difficult`` (also where COCO says ``ignore``), the last two bool.
+
+    Raises:
+        DataError: naming the object that has no box or ids, or a flag that is neither 0 nor 1.
+    """
+    objects = []
+    unsized = []
+    for index, annotation in enumerate(ground_truth["annotations"]):
+        place = f"ground truth: annotations[{index}]"
+        ids = _ids(annotation, place)
+        box = to_numbers(annotation.get("bbox"), 4)
+        if box is None:
+            raise DataError(
+                f"{place} has the bbox {shown(annotation.get('bbox'))}; boxes can only be judged "
+                "where each object has four finite numbers x, y, width, height"
+            )
+        flags = {}
+        for key in ("iscrowd", "ignore", "difficult"):
+            flag = to_flag(annotation.get(key))
+            if flag is None:
+                raise DataError(f"{place} has {key} = {shown(annotation[key])}; make it 0 or 1")
+            flags[key] = flag
+        area, fault = to_area(annotation, box[2] * box[3])
+        if fault:
+            unsized.append(index)
+        difficult = flags["ignore"] or flags["difficult"]
+        objects.append(
+            {**ids, "bbox": box, "area": area, "iscrowd": flags["iscrowd"], "difficult": difficult}
+        )
+    if unsized:
+        some = ", ".join(f"annotations[{index}]" for index in unsized[:5])
+        notes.append(
+            f"{len(unsized)} objects of the ground truth have an area that is not a number from 0 "
+            f"up ({some}): that of the box was taken."
+        )
+    return _known(objects, ground_truth, "objects of the ground truth", notes)
 
 
 def usable_results(
     ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], notes: list[str]
 ) -> list[dict[str, Any]]:
-    """The predictions that a metric can judge; what is left out is said in ``notes``."""
-    usable = list(results)
-    for key, section in (("image_id", "images"), ("category_id", "categories")):
-        known = {entry["id"] for entry in ground_truth[section]}
-        unknown = [result[key] for result in usable if result[key] not in known]
-        if unknown:
-            some = ", ".join(str(value) for value in list(dict.fromkeys(unknown))[:5])
-            notes.append(
-                f"{len(unknown)} predictions were left out: their {key} ({some}) is not in the "
-                "ground truth."
-            )
-            usable = [result for result in usable if result[key] in known]
+    """The predictions that a metric can judge; what is left out is said in ``notes``.
+
+    Raises:
+        DataError: naming the prediction without ids, a box or a score; or the ground truth is no
+            content of an annotation file.
+    """
+    content = check_content(ground_truth, "ground truth")
+    usable = _known(check_results(results, "results"), content, "predictions", notes)
     if not usable:
         notes.append("There is no prediction to judge.")
     return usable
+
+
+_OTHER_KIND = {
+    (frozenset([str]), frozenset([int])): ", whose ids are integers, not text",
+    (frozenset([int]), frozenset([str])): ", whose ids are text, not integers",
+}
+
+
+def _known(
+    entries: list[dict[str, Any]], ground_truth: dict[str, Any], what: str, notes: list[str]
+) -> list[dict[str, Any]]:
+    """The entries whose image and category the ground truth has."""
+    for key, section in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in ground_truth[section]}
+        unknown = [entry[key] for entry in entries if entry[key] not in known]
+        if not unknown:
+            continue
+        some = ", ".join(map(shown, list(dict.fromkeys(unknown))[:5]))
+        hint = _OTHER_KIND.get((frozenset(map(type, unknown)), frozenset(map(type, known))), "")
+        notes.append(
+            f"{len(unknown)} {what} were left out: their {key} ({some}) is not in the ground "
+            f"truth's list of {section}{hint}."
+        )
+        entries = [entry for entry in entries if entry[key] in known]
+    return entries
 
 
 def _shuffled(number: int, seed: int) -> list[int]:

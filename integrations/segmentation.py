@@ -18,37 +18,55 @@ AUXILIARY = "aux"
 
 
 def read_losses(
-    spec: str, classes: int, *, mode: Mode | None, ignore_index: int | None, **defaults: Any
+    spec: str,
+    classes: int | None,
+    *,
+    mode: Mode | None = None,
+    ignore_index: int | None = None,
+    **defaults: Any,
 ) -> LossSum:
     """Make the losses of a model, and say at once which have no meaning for it.
 
     Args:
         spec: a loss string of segmentation losses.
-        classes: how many channels the logits of the model have.
+        classes: how many channels the logits of the model have; None where that is unknown.
         mode: None: binary for one class, else multiclass.
         ignore_index: label of the pixels that are left out.
         **defaults: options for every term that has them.
 
     Raises:
-        SpecError: on a string that cannot be read, or that does not fit the model or the mode.
+        SpecError: on a string that cannot be read, that does not fit the model or the mode, or that
+            has another ``ignore_index``.
     """
     loss = build_loss(spec, kind="segmentation", mode=mode, ignore_index=ignore_index, **defaults)
-    loss.check_classes(classes)
+    if classes is not None:
+        loss.check_classes(classes)
     for name, _, term in loss.items():
         options = term.options
-        mode = options["mode"] or ("binary" if classes == 1 else "multiclass")
-        if isinstance(term, PixelLoss) and mode != "multiclass":
+        if ignore_index is not None and options["ignore_index"] != ignore_index:
+            raise SpecError(
+                f"{name!r}: ignore_index={options['ignore_index']} in the string, but the masks "
+                f"have {ignore_index} where they are ignored; remove it from the string"
+            )
+        mode = options["mode"] or {None: None, 1: "binary"}.get(classes, "multiclass")
+        if isinstance(term, PixelLoss) and mode in ("binary", "multilabel"):
+            model = "" if classes is None else f" (the model has {classes} class(es))"
             raise SpecError(
                 f"{name!r} is a loss of classes that exclude each other, and has no meaning for "
-                f"{mode} masks (the model has {classes} class(es)); use 'bce' or 'focal'"
+                f"{mode} masks{model}; use 'bce' or 'focal'"
             )
-        if (mode == "multiclass" and classes == 1) or (mode == "binary" and classes > 1):
+        if (mode == "multiclass" and classes == 1) or (mode == "binary" and (classes or 1) > 1):
             raise SpecError(
                 f"{name!r}: mode={mode!r} does not fit a model with {classes} class(es)"
             )
         if options["reduction"] == "none":
             raise SpecError(f"{name!r}: a model trains on one number; leave reduction='none' out")
     return loss
+
+
+def read(cls: type, spec: str, *, aux_weight: float = 0.5, **options: Any) -> LossSum:
+    """The losses of a string, as far as it can be judged without a model."""
+    return read_losses(spec, None, **options)
 
 
 def classes_of(head: nn.Module) -> int:
@@ -69,8 +87,9 @@ def attach(
         take_targets: hook before the forward pass, with keywords: leaves ``model._targets``.
         give_losses: hook after the forward pass.
     """
+    loss.adapt(model)
     detach(model)
-    model.loss = loss.adapt(model)
+    model.loss = loss
     model._targets = None
     model._loss_hooks = (
         model.register_forward_pre_hook(take_targets, with_kwargs=True),

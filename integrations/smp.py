@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from detseg_losses.classification import binary_cross_entropy_loss
 from detseg_losses.integrations.extras import needs
-from detseg_losses.integrations.segmentation import attach, classes_of, detach, read_losses, taken
+from detseg_losses.integrations.segmentation import (
+    attach,
+    classes_of,
+    detach,
+    read,
+    read_losses,
+    taken,
+)
 from detseg_losses.integrations.smp_losses import (
     BINARY_MODE,
     MULTICLASS_MODE,
@@ -46,6 +53,7 @@ __all__ = [
     "SoftBCEWithLogitsLoss",
     "SoftCrossEntropyLoss",
     "TverskyLoss",
+    "read",
     "restore_losses",
     "use_losses",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,16 @@ from detseg_losses.integrations.detection import (
     Positives,
     Roles,
     box_losses,
+    check_labels,
     check_own,
     check_own_loss,
     class_losses,
+    compare_all,
     detached,
     entries,
     factor_of_images,
     read_losses,
+    with_objects,
 )
 from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
@@ -65,15 +70,26 @@ def use_losses(
     """
     check_own_loss(model, FCOS)
     check_own("the head of FCOS", model.head, FCOSHead, FCOSLossHead)
-    loss = read_losses(spec, "FCOS", ROLES, normalizer)
+    loss, of_centerness = read(type(model), spec, centerness=centerness, normalizer=normalizer)
     loss.check_classes(model.head.classification_head.num_classes)
-    of_centerness = read_losses(centerness, "the centerness of FCOS", CENTERNESS, normalizer)
     of_centerness.check_classes(1)
+    loss.adapt(model)
+    of_centerness.adapt(model)
     restore_losses(model)
     model.head.__class__ = FCOSLossHead
-    model.head.loss, model.head.normalizer = loss.adapt(model), normalizer
-    model.head.centerness = of_centerness.adapt(model)
+    model.head.loss, model.head.normalizer = loss, normalizer
+    model.head.centerness = of_centerness
     return model
+
+
+def read(
+    cls: type, spec: str, *, centerness: str = "bce", normalizer: Normalizer = "batch"
+) -> tuple[LossSum, LossSum]:
+    """The losses of both strings, as far as these can be judged without a model."""
+    return (
+        read_losses(spec, "FCOS", ROLES, normalizer),
+        read_losses(centerness, "the centerness of FCOS", CENTERNESS, normalizer),
+    )
 
 
 def restore_losses(model: FCOS) -> FCOS:
@@ -110,7 +126,12 @@ class FCOSLossHead(FCOSHead):
                 ``bbox_ctrness`` ``(B, A, 1)``.
             anchors: of each image ``(A, 4)``.
             matched_idxs: of each image ``(A,)``: which object, -1 none.
+
+        Raises:
+            ValueError: on a label out of range, on the CPU.
         """
+        num_classes = self.classification_head.num_classes
+        check_labels([t["labels"] for t in targets], num_classes, background=False)
         factor = factor_of_images(torch.stack(matched_idxs) >= 0, self.normalizer)
         logits = head_outputs["cls_logits"]
         classification = class_losses(self.loss, logits, targets, matched_idxs, factor)
@@ -132,15 +153,18 @@ class FCOSLossHead(FCOSHead):
             value = term(logits, aim, weight=found.factors, reduction="sum")
             centerness[name] = self.centerness.weighted(name, value)
 
-        self.loss.values = detached(classification, regression)
-        self.centerness.values = detached(centerness)
+        self.loss.record(detached(classification, regression))
+        self.centerness.record(detached(centerness))
         losses = {
             "classification": classification,
             "bbox_regression": regression,
             "bbox_ctrness": centerness,
         }
-        stock = super().compute_loss
-        return entries(losses, lambda: stock(targets, head_outputs, anchors, matched_idxs))
+        stock = partial(super().compute_loss, targets, head_outputs, anchors, matched_idxs)
+        if with_objects(targets):
+            compare_all(self.loss, {e: losses[e] for e in ROLES}, stock)
+            compare_all(self.centerness, {e: losses[e] for e in CENTERNESS}, stock)
+        return entries(losses, stock)
 
 
 def centerness_of(distances: Tensor) -> Tensor:

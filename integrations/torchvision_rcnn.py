@@ -14,12 +14,17 @@ from detseg_losses.integrations.detection import (
     Positives,
     Roles,
     box_losses,
+    check_labels,
     check_own,
+    compare_all,
     detached,
+    entries,
     of_matches,
     read_losses,
     terms_of,
     total,
+    with_objects,
+    within_0_and_1,
 )
 from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum, build_loss, read_stages
@@ -27,6 +32,8 @@ from detseg_losses.spec import LossSum, build_loss, read_stages
 with needs("torchvision"):
     from torchvision.models.detection._utils import BoxCoder
     from torchvision.models.detection.faster_rcnn import FasterRCNN
+    from torchvision.models.detection.keypoint_rcnn import KeypointRCNN
+    from torchvision.models.detection.mask_rcnn import MaskRCNN
     from torchvision.models.detection.roi_heads import (
         RoIHeads,
         keypoints_to_heatmap,
@@ -49,8 +56,8 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
     """Let a Faster, Mask or Keypoint R-CNN train with other losses, in place.
 
     A string addresses the stages of the model, ``"rpn: giou+bce; roi: giou+ce; mask: bce+dice"``;
-    a stage that it does not name stays as it is. A string without stages is for both ``rpn`` and
-    ``roi``.
+    a stage that it does not name stays as it is. Losses without a stage, which come first, are for
+    both ``rpn`` and ``roi``: ``"giou+focal; mask: dice"``.
 
     ========  =================  =========================================  =================
     stage     entry              losses                                     torchvision's own
@@ -92,24 +99,18 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
     owner, heads = type(model).__name__, model.roi_heads
     stages = ["rpn", "roi"]
     stages += ["mask"] * heads.has_mask() + ["keypoint"] * heads.has_keypoint()
-    losses: dict[str, LossSum] = {}
-    parts = read_stages(spec, stages, owner) or {"rpn": spec, "roi": spec}
-    for stage, part in parts.items():
+    losses = _read(spec, stages, owner)
+    for stage in losses:
         head = f"stage {stage!r} of {owner}"
-        losses[stage] = read_losses(
-            part, head, ROLES[stage], None, softmax=stage in ("roi", "keypoint")
-        )
-        if stage == "mask":  # where each object is what an image is elsewhere
-            losses[stage] = build_loss(part, "segmentation", mode="binary", per_image=True)
         if (classes := _classes(heads, stage)) is not None:
             losses[stage].check_classes(classes)
         found, own, ours = heads, RoIHeads, LossRoIHeads
         if stage == "rpn":
             found, own, ours = model.rpn, RegionProposalNetwork, LossRPN
         check_own(head, found, own, ours)
-    restore_losses(model)
     for loss in losses.values():
         loss.adapt(model)
+    restore_losses(model)
     if "rpn" in losses:
         model.rpn.__class__ = LossRPN
         model.rpn.loss = losses.pop("rpn")
@@ -117,6 +118,28 @@ def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
         heads.__class__ = LossRoIHeads
         heads.losses = nn.ModuleDict(losses)
     return model
+
+
+def read(cls: type, spec: str) -> dict[str, LossSum]:
+    """The losses of each stage, as far as the string can be judged without a model."""
+    stages = ["rpn", "roi"] + ["mask"] * issubclass(cls, MaskRCNN)
+    return _read(spec, stages + ["keypoint"] * issubclass(cls, KeypointRCNN), cls.__name__)
+
+
+def _read(spec: str, stages: list[str], owner: str) -> dict[str, LossSum]:
+    losses: dict[str, LossSum] = {}
+    for stage, part in read_stages(spec, stages, owner, unnamed=("rpn", "roi")).items():
+        losses[stage] = read_losses(
+            part,
+            f"stage {stage!r} of {owner}",
+            ROLES[stage],
+            None,
+            softmax=stage in ("roi", "keypoint"),
+            masks=stage != "mask" and "mask" in stages,
+        )
+        if stage == "mask":  # where each object is what an image is elsewhere
+            losses[stage] = build_loss(part, "segmentation", mode="binary", per_image=True)
+    return losses
 
 
 def _classes(heads: RoIHeads, stage: str) -> int | None:
@@ -151,7 +174,7 @@ class LossRPN(RegionProposalNetwork):
         self, anchors: list[Tensor], targets: Targets
     ) -> tuple[list[Tensor], list[Tensor]]:
         labels, boxes = super().assign_targets_to_anchors(anchors, targets)
-        self._matched = torch.cat(anchors), torch.cat(boxes)
+        self._matched = torch.cat(anchors), torch.cat(boxes), with_objects(targets)
         return labels, boxes
 
     def compute_loss(
@@ -169,7 +192,7 @@ class LossRPN(RegionProposalNetwork):
             labels: of the anchors of each image: 1 object, 0 background, -1 neither.
             regression_targets: their true offsets.
         """
-        anchors, truths = self.__dict__.pop("_matched")
+        anchors, truths, has_objects = self.__dict__.pop("_matched")
         sample = self.fg_bg_sampler(labels)
         positive, negative = (torch.cat(masks) > 0 for masks in sample)
         sampled = positive | negative
@@ -187,16 +210,23 @@ class LossRPN(RegionProposalNetwork):
         boxes = box_losses(
             self.loss, found, pred_bbox_deltas, coder.encode_single, coder.decode_single
         )
-        self.loss.values = detached(classification, boxes)
-        if classification and boxes:
-            return total(classification), total(boxes)
-        sampler = self.fg_bg_sampler
-        self.fg_bg_sampler = lambda labels: sample  # torchvision's own part has the same anchors
-        try:
-            own = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
-        finally:
-            self.fg_bg_sampler = sampler
-        return (total(classification), own[1]) if classification else (own[0], total(boxes))
+        self.loss.record(detached(classification, boxes))
+        stock = super().compute_loss
+
+        def own() -> dict[str, Tensor]:
+            sampler = self.fg_bg_sampler
+            self.fg_bg_sampler = lambda labels: sample  # so that it has the same anchors
+            try:
+                values = stock(objectness, pred_bbox_deltas, labels, regression_targets)
+            finally:
+                self.fg_bg_sampler = sampler
+            return dict(zip(ROLES["rpn"], values, strict=True))
+
+        losses = dict(zip(ROLES["rpn"], (classification, boxes), strict=True))
+        if has_objects:
+            compare_all(self.loss, losses, own, "rpn: ")
+        of_class, of_boxes = entries(losses, own).values()
+        return of_class, of_boxes
 
 
 class LossRoIHeads(RoIHeads):
@@ -217,9 +247,14 @@ class LossRoIHeads(RoIHeads):
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections, or in training losses: torchvision's own, and in their place those of the
         terms, of the same proposals and predictions.
+
+        Raises:
+            ValueError: on a label out of range, or masks that are not within 0 and 1; on the CPU.
         """
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)
+        assert targets is not None  # or there are no samples
+        check_labels([target["labels"] for target in targets], _classes(self, "roi"))
         predictors = {
             "roi": self.box_predictor,
             "mask": self.mask_predictor,
@@ -230,9 +265,9 @@ class LossRoIHeads(RoIHeads):
             for stage in self.losses:
                 keep = partial(_keep, predicted, stage)
                 hooks.enter_context(predictors[stage].register_forward_hook(keep))
-            detections, losses = super().forward(features, proposals, image_shapes, targets)
+            detections, stock = super().forward(features, proposals, image_shapes, targets)
+        losses: dict[str, dict[str, Tensor]] = {}
         proposals, matched, labels, _ = self.__dict__.pop("_sample")
-        assert targets is not None  # or there were no samples
         if "roi" in predicted:
             pairs = zip(targets, matched, strict=True)  # the images may differ in their samples
             truths = [of_matches("boxes", [target], [rows])[0] for target, rows in pairs]
@@ -248,7 +283,10 @@ class LossRoIHeads(RoIHeads):
         if "keypoint" in predicted:
             points = [t["keypoints"][m] for t, m in zip(targets, matched, strict=True)]
             losses |= self._keypoint_losses(predicted["keypoint"], proposals, points)
-        return detections, losses
+        for stage in self.losses if with_objects(targets) else ():
+            of_stage = {entry: losses[entry] for entry in ROLES[stage]}
+            compare_all(self.losses[stage], of_stage, lambda: stock, f"{stage}: ")
+        return detections, stock | {entry: total(v) for entry, v in losses.items() if v}
 
     def _roi_losses(
         self,
@@ -257,7 +295,7 @@ class LossRoIHeads(RoIHeads):
         proposals: list[Tensor],
         labels: list[Tensor],
         truths: list[Tensor],
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, dict[str, Tensor]]:
         """Of logits ``(N, C)`` and of offsets for each class ``(N, 4 * C)``."""
         loss, classes = self.losses["roi"], torch.cat(labels)
         classification = {}
@@ -270,9 +308,8 @@ class LossRoIHeads(RoIHeads):
         own = deltas.unflatten(1, (-1, 4))[each, classes]
         coder: BoxCoder = self.box_coder
         boxes = box_losses(loss, found, own, coder.encode_single, coder.decode_single)
-        loss.values = detached(classification, boxes)
-        losses = {"loss_classifier": classification, "loss_box_reg": boxes}
-        return {entry: total(values) for entry, values in losses.items() if values}
+        loss.record(detached(classification, boxes))
+        return {"loss_classifier": classification, "loss_box_reg": boxes}
 
     def _mask_losses(
         self,
@@ -281,29 +318,36 @@ class LossRoIHeads(RoIHeads):
         proposals: list[Tensor],
         matched: list[Tensor],
         masks: list[Tensor],
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, dict[str, Tensor]]:
         """Of logits ``(P, C, M, M)``, where that of the class of each positive proposal counts."""
         size = logits.shape[-1]
         cropped = [
             project_masks_on_boxes(*image, size)
             for image in zip(masks, proposals, matched, strict=True)
         ]
-        target = torch.cat(cropped).clamp(0, 1)  # interpolation rounds
+        target = within_0_and_1(torch.cat(cropped))
         each = torch.arange(len(classes), device=classes.device)
-        loss = self.losses["mask"]
-        return {"loss_mask": total(loss.compute(logits[each, classes, None], target[:, None]))}
+        return {
+            "loss_mask": self.losses["mask"].compute(logits[each, classes, None], target[:, None])
+        }
 
     def _keypoint_losses(
         self, logits: Tensor, proposals: list[Tensor], points: list[Tensor]
-    ) -> dict[str, Tensor]:
-        """Of heatmaps ``(P, K, M, M)`` and points ``(P, K, 3)``, where the visible ones count."""
-        places, visible = keypoints_to_heatmap(
-            torch.cat(points), torch.cat(proposals), logits.shape[-1]
-        )
-        values = self.losses["keypoint"].compute(
-            logits.flatten(2).flatten(0, 1), places.flatten(), pixel_weight=visible.flatten() > 0
-        )
-        return {"loss_keypoint": total(values)}
+    ) -> dict[str, dict[str, Tensor]]:
+        """Of heatmaps ``(P, K, M, M)``, and of each image proposals ``(P, 4)`` and points
+        ``(P, K, 3)``, where the visible ones count. Without proposals K may be any number.
+        """
+        size = logits.shape[-1]
+        found = [
+            keypoints_to_heatmap(*image, size) for image in zip(points, proposals, strict=True)
+        ]
+        places = torch.cat([each.flatten() for each, _ in found])
+        visible = torch.cat([each.flatten() for _, each in found])
+        return {
+            "loss_keypoint": self.losses["keypoint"].compute(
+                logits.flatten(2).flatten(0, 1), places, pixel_weight=visible > 0
+            )
+        }
 
 
 def _keep(predicted: dict[str, Any], stage: str, module: nn.Module, args: Any, output: Any) -> None:

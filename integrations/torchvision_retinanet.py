@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,16 @@ from detseg_losses.integrations.detection import (
     Positives,
     Roles,
     box_losses,
+    check_labels,
     check_own,
     check_own_loss,
     class_losses,
+    compare_all,
     detached,
     factor_of_images,
     read_losses,
     total,
+    with_objects,
 )
 from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
@@ -57,12 +62,18 @@ def use_losses(model: RetinaNet, spec: str, *, normalizer: Normalizer = "image")
     """
     check_own_loss(model, RetinaNet)
     check_own("the head of RetinaNet", model.head, RetinaNetHead, RetinaNetLossHead)
-    loss = read_losses(spec, "RetinaNet", ROLES, normalizer)
+    loss = read(type(model), spec, normalizer=normalizer)
     loss.check_classes(model.head.classification_head.num_classes)
+    loss.adapt(model)
     restore_losses(model)
     model.head.__class__ = RetinaNetLossHead
-    model.head.loss, model.head.normalizer = loss.adapt(model), normalizer
+    model.head.loss, model.head.normalizer = loss, normalizer
     return model
+
+
+def read(cls: type, spec: str, *, normalizer: Normalizer = "image") -> LossSum:
+    """The losses of a string, as far as it can be judged without a model."""
+    return read_losses(spec, "RetinaNet", ROLES, normalizer)
 
 
 def restore_losses(model: RetinaNet) -> RetinaNet:
@@ -97,7 +108,12 @@ class RetinaNetLossHead(RetinaNetHead):
             head_outputs: ``cls_logits`` ``(B, A, K)`` and ``bbox_regression`` ``(B, A, 4)``.
             anchors: of each image ``(A, 4)``.
             matched_idxs: of each image ``(A,)``: which object, -1 none, -2 between thresholds.
+
+        Raises:
+            ValueError: on a label out of range, on the CPU.
         """
+        num_classes = self.classification_head.num_classes
+        check_labels([t["labels"] for t in targets], num_classes, background=False)
         factor = factor_of_images(torch.stack(matched_idxs) >= 0, self.normalizer)
         logits = head_outputs["cls_logits"]
         classification = class_losses(self.loss, logits, targets, matched_idxs, factor)
@@ -109,7 +125,11 @@ class RetinaNetLossHead(RetinaNetHead):
             coder.encode_single,
             coder.decode_single,
         )
-        self.loss.values = detached(classification, regression)
+        self.loss.record(detached(classification, regression))
+        if with_objects(targets):
+            losses = {"classification": classification, "bbox_regression": regression}
+            stock = partial(super().compute_loss, targets, head_outputs, anchors, matched_idxs)
+            compare_all(self.loss, losses, stock)
         return {
             "classification": total(classification)
             if classification

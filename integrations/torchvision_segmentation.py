@@ -13,6 +13,7 @@ from detseg_losses.integrations.segmentation import (
     classes_of,
     detach,
     losses_of,
+    read,  # noqa: F401
     read_losses,
     taken,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -12,12 +13,15 @@ from detseg_losses.integrations.detection import (
     Positives,
     Roles,
     box_losses,
+    check_labels,
+    compare_all,
     detached,
     entries,
     factor_of_images,
     of_matches,
     read_losses,
     terms_of,
+    with_objects,
 )
 from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
@@ -69,13 +73,19 @@ def use_losses(model: Model, spec: str, *, normalizer: Normalizer = "batch") -> 
             f"no adapter for {type(model).__name__}: it is the class of an SSD that is replaced, "
             "and a subclass would lose its own methods"
         )
-    loss = read_losses(spec, "SSD", ROLES, normalizer, softmax=True)
+    loss = read(type(model), spec, normalizer=normalizer)
     loss.check_classes(model.head.classification_head.num_columns)
+    loss.adapt(model)
     restore_losses(model)
     model.__class__ = SSDWithLosses
-    model.loss = loss.adapt(model)
+    model.loss = loss
     model.normalizer = normalizer
     return model
+
+
+def read(cls: type, spec: str, *, normalizer: Normalizer = "batch") -> LossSum:
+    """The losses of a string, as far as it can be judged without a model."""
+    return read_losses(spec, "SSD", ROLES, normalizer, softmax=True)
 
 
 def restore_losses(model: Model) -> Model:
@@ -106,7 +116,11 @@ class SSDWithLosses(SSD):
             head_outputs: ``cls_logits`` ``(B, A, K)`` and ``bbox_regression`` ``(B, A, 4)``.
             anchors: of each image ``(A, 4)``.
             matched_idxs: of each image ``(A,)``: which object, -1 none.
+
+        Raises:
+            ValueError: on a label out of range, on the CPU.
         """
+        check_labels([t["labels"] for t in targets], head_outputs["cls_logits"].shape[-1])
         foreground = torch.stack(matched_idxs) >= 0
         factor = factor_of_images(foreground, self.normalizer)
         labels = of_matches("labels", targets, matched_idxs)  # 0, the background, without a match
@@ -126,10 +140,12 @@ class SSDWithLosses(SSD):
             coder.decode_single,
         )
 
-        self.loss.values = detached(classification, regression)
+        self.loss.record(detached(classification, regression))
         losses = {"bbox_regression": regression, "classification": classification}
-        stock = super().compute_loss
-        return entries(losses, lambda: stock(targets, head_outputs, anchors, matched_idxs))
+        stock = partial(super().compute_loss, targets, head_outputs, anchors, matched_idxs)
+        if with_objects(targets):
+            compare_all(self.loss, losses, stock)
+        return entries(losses, stock)
 
 
 def sum_with_hardest(losses: Tensor, foreground: Tensor, ratio: float) -> Tensor:

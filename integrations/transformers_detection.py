@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -20,7 +21,16 @@ from torch import Tensor, nn
 from detseg_losses.base import Loss, compute_dtype
 from detseg_losses.boxes import iou_loss
 from detseg_losses.classification import QualityFocalLoss, VarifocalLoss
-from detseg_losses.integrations.detection import Roles, detached, read_losses, terms_of, total
+from detseg_losses.integrations.detection import (
+    Roles,
+    check_class_labels,
+    compare,
+    detached,
+    read_losses,
+    terms_of,
+    total,
+    with_objects,
+)
 from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum
 
@@ -88,20 +98,37 @@ def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
         SpecError: on a string that cannot be read, a term that has no entry here, or weights that
             are not one for each class that the head counts.
     """
-    name, _ = _criterion(LOSS_MAPPING[model.loss_type])
+    roles, softmax = _roles(model.loss_type)
+    loss = read_losses(spec, type(model).__name__, roles, "batch", softmax=softmax)
+    loss.check_classes(model.config.num_labels + softmax)
+    loss.adapt(model)
+    restore_losses(model)
+    # A submodule, so that it follows the model to its device and an optimizer finds its weights.
+    model.detseg_losses = loss
+    model.loss_function = LossFunction(loss, model, roles)
+    return model
+
+
+def read(cls: type, spec: str) -> LossSum:
+    """The losses of a string, as far as it can be judged without a model."""
+    names = " ".join(each.__name__ for each in cls.__mro__)
+    found = re.search("|".join(LOSS_MAPPING), names)  # as a model itself finds it
+    if found is None:
+        raise TypeError(f"transformers has no loss for {cls.__name__}")
+    roles, softmax = _roles(found.group())
+    return read_losses(spec, cls.__name__, roles, "batch", softmax=softmax)
+
+
+def _roles(loss_type: str) -> tuple[Roles, bool]:
+    """Which kinds of terms serve each entry; and whether the classes exclude each other."""
+    name, _ = _criterion(LOSS_MAPPING[loss_type])
     softmax = name == SOFTMAX
     roles: Roles = {
         CLASS_ENTRIES[name]: ("segmentation",) if softmax else ("classification",),
         "loss_bbox": ("deltas",),
         "loss_giou": ("boxes",),
     }
-    loss = read_losses(spec, type(model).__name__, roles, "batch", softmax=softmax)
-    loss.check_classes(model.config.num_labels + softmax)
-    restore_losses(model)
-    # A submodule, so that it follows the model to its device and an optimizer finds its weights.
-    model.detseg_losses = loss.adapt(model)
-    model.loss_function = LossFunction(loss, model, roles)
-    return model
+    return roles, softmax
 
 
 def restore_losses(model: PreTrainedModel) -> PreTrainedModel:
@@ -132,12 +159,19 @@ class LossFunction:
         self.before = vars(model).get("_loss_function")
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
-        """What the model's own function returns, with other losses."""
+        """What the model's own function returns, with other losses.
+
+        Raises:
+            ValueError: on a label out of range, on the CPU.
+        """
         stock = LOSS_MAPPING[self.loss_type]
         call = inspect.signature(stock).bind(*args, **kwargs)
-        call.arguments["config"] = self._without_weights(call.arguments["config"])
-        self.loss.values = {}
-        return self._with_terms(stock)(*call.args, **call.kwargs)
+        config = call.arguments["config"]
+        labels = [target["class_labels"] for target in call.arguments["labels"]]
+        check_class_labels(labels, config.num_labels)
+        call.arguments["config"] = self._without_weights(config)
+        self.loss.record({})
+        return self._with_terms(stock, config)(*call.args, **call.kwargs)
 
     def _without_weights(self, config: Any) -> Any:
         """A configuration whose weights of the entries that have terms are 1."""
@@ -148,7 +182,7 @@ class LossFunction:
                 vars(config).update(dict.fromkeys(COEFFICIENTS[entry], 1))
         return config
 
-    def _with_terms(self, stock: Any) -> Callable[..., Any]:
+    def _with_terms(self, stock: Any, config: Any) -> Callable[..., Any]:
         """The model's own function, which now makes a criterion that computes other losses.
 
         Which outputs the criterion gets is so left to the version of transformers.
@@ -157,7 +191,7 @@ class LossFunction:
 
         def make(*args: Any, **kwargs: Any) -> nn.Module:
             made = criterion(*args, **kwargs)
-            made.get_loss = partial(self._get_loss, made, made.get_loss)
+            made.get_loss = partial(self._get_loss, made, made.get_loss, config)
             return made
 
         return looking_up(stock, {name: make})
@@ -166,6 +200,7 @@ class LossFunction:
         self,
         criterion: Any,
         stock: Callable[..., dict[str, Tensor]],
+        config: Any,
         request: str,
         outputs: dict[str, Any],
         targets: list[dict[str, Tensor]],
@@ -177,6 +212,7 @@ class LossFunction:
         Args:
             criterion: the model's.
             stock: its method of this name.
+            config: that of the model, with its weights of the entries.
             request: what to compute, ``"boxes"`` for example.
             outputs: of one layer, ``logits`` ``(B, Q, K)`` and ``pred_boxes`` ``(B, Q, 4)``.
             targets: of each image ``class_labels`` ``(G,)`` and ``boxes`` ``(G, 4)``.
@@ -195,7 +231,16 @@ class LossFunction:
                 losses[entry] = total(values)
                 for name, value in detached(values).items():
                     self.loss.values[name] = self.loss.values.get(name, 0) + value
+                if with_objects(targets):
+                    own = partial(stock, request, outputs, targets, indices, num_boxes)
+                    weight = _coefficient(config, entry)
+                    compare(self.loss, entry, values, lambda: own()[entry] * weight)  # noqa: B023
         return losses
+
+
+def _coefficient(config: Any, entry: str) -> float:
+    """The weight that a configuration has for an entry."""
+    return next((getattr(config, n) for n in COEFFICIENTS[entry] if hasattr(config, n)), 1.0)
 
 
 class Layer:

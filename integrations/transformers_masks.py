@@ -6,7 +6,7 @@ matching, the points at which masks are compared, and normalisation stay its own
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,19 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detseg_losses.base import LOSSES, Loss
+from detseg_losses.base import Loss
 from detseg_losses.classification import SigmoidLoss
-from detseg_losses.integrations.detection import FIXED, detached, total
+from detseg_losses.integrations.detection import (
+    FIXED,
+    check_class_labels,
+    compare,
+    detached,
+    total,
+    within_0_and_1,
+)
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.transformers_detection import looking_up
 from detseg_losses.pixels import PixelLoss
 from detseg_losses.regions import RegionLoss
-from detseg_losses.spec import LossSum, SpecError, build_loss
+from detseg_losses.spec import LossSum, SpecError, build_loss, warn
 
 with needs("transformers"):
     from transformers import PreTrainedModel
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
     from transformers.models.maskformer.modeling_maskformer import MaskFormerLoss
+
+Values = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 ENTRIES: dict[str, type[Loss]] = {
     "loss_cross_entropy": PixelLoss,
@@ -63,12 +72,16 @@ def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
         SpecError: on a string that cannot be read, a term that has no entry here, or weights that
             are not one for each class and one for "no object".
     """
-    loss = _read(spec, model)
+    loss = read(type(model), spec)
+    for _, _, term in loss.items():
+        classes = model.config.num_labels + 1 if isinstance(term, PixelLoss) else 1
+        LossSum([(1.0, term)]).check_classes(classes)
+    loss.adapt(model)
     restore_losses(model)
     criterion = model.criterion
     criterion.before = type(criterion), model.weight_dict
     criterion.__class__ = CRITERIA[type(criterion)]
-    criterion.terms = loss.adapt(model)
+    criterion.terms = loss
     # The model multiplies what the criterion returns by these.
     model.weight_dict = {
         entry: 1.0 if _terms(loss, ENTRIES[entry]) else weight
@@ -99,7 +112,10 @@ class Terms(nn.Module):
     _get_predictions_permutation_indices: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        self.terms.values = {}  # not in forward, which calls itself for each further layer
+        # Not in forward, which calls itself for each further layer.
+        call = inspect.signature(self.forward).bind(*args, **kwargs)
+        check_class_labels(call.arguments["class_labels"], self.num_labels)
+        self.terms.record({})
         return super().__call__(*args, **kwargs)
 
     def loss_labels(
@@ -123,37 +139,66 @@ class Terms(nn.Module):
             name: self.terms.weighted(name, term(logits, labels, pixel_weight=weight))
             for name, term in _terms(self.terms, PixelLoss)
         }
-        return {"loss_cross_entropy": self._total(values)}
+
+        def stock() -> Tensor:
+            found = self.before[0].loss_labels(self, class_queries_logits, class_labels, indices)
+            return found["loss_cross_entropy"]
+
+        has_objects = any(len(found) for found in class_labels)
+        value = self._total("loss_cross_entropy", values, stock if has_objects else None)
+        return {"loss_cross_entropy": value}
 
     def loss_masks(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The losses of the matched masks, at the points that the criterion takes."""
+        stock = self.before[0].loss_masks
         names: dict[str, Any] = {}
         if _terms(self.terms, SigmoidLoss):
-            names[self.pixel_loss] = partial(_compare, self._pixels)
+            names[self.pixel_loss] = partial(
+                self._compare, "loss_mask", self._pixels, stock.__globals__[self.pixel_loss]
+            )
         if _terms(self.terms, RegionLoss):
-            names["dice_loss"] = partial(_compare, self._regions)
-        return looking_up(self.before[0].loss_masks, names)(self, *args, **kwargs)
+            names["dice_loss"] = partial(
+                self._compare, "loss_dice", self._regions, stock.__globals__["dice_loss"]
+            )
+        return looking_up(stock, names)(self, *args, **kwargs)
 
-    def _pixels(self, logits: Tensor, masks: Tensor, num_masks: Tensor) -> Tensor:
+    def _compare(
+        self, entry: str, ours: Values, stock: Any, logits: Tensor, masks: Tensor, num_masks: Tensor
+    ) -> Tensor:
+        """The terms of masks ``(N, P)``, which were resampled, as of images of one class."""
+        masks = within_0_and_1(masks)
+        values = ours(logits.unsqueeze(1), masks.unsqueeze(1), num_masks)
+        own = partial(stock, logits.detach(), masks, num_masks) if len(masks) else None
+        return self._total(entry, values, own)
+
+    def _pixels(self, logits: Tensor, masks: Tensor, num_masks: Tensor) -> dict[str, Tensor]:
         """The mean over the points of each mask ``(N, 1, P)``, their sum over their number."""
         values = {}
         for name, term in _terms(self.terms, SigmoidLoss):
             each = term(logits, masks, mode="binary", reduction="sum")
             values[name] = self.terms.weighted(name, each / (logits.shape[2] * num_masks))
-        return self._total(values)
+        return values
 
-    def _regions(self, logits: Tensor, masks: Tensor, num_masks: Tensor) -> Tensor:
+    def _regions(self, logits: Tensor, masks: Tensor, num_masks: Tensor) -> dict[str, Tensor]:
         """The loss of each mask ``(N, 1, P)``, their sum over their number."""
         options: dict[str, Any] = {"mode": "binary", "per_image": True, "reduction": "none"}
         values = {}
         for name, term in _terms(self.terms, RegionLoss):
             each = term(logits, masks, **options)
             values[name] = self.terms.weighted(name, each.sum() / num_masks)
-        return self._total(values)
+        return values
 
-    def _total(self, values: dict[str, Tensor]) -> Tensor:
+    def _total(
+        self, entry: str, values: dict[str, Tensor], stock: Callable[[], Tensor] | None
+    ) -> Tensor:
+        """The sum of the terms of an entry, noted; and compared with the stock loss, if there is
+        one.
+        """
         for name, value in detached(values).items():
             self.terms.values[name] = self.terms.values.get(name, 0) + value
+        if stock is not None:
+            weight = self.before[1][entry]
+            compare(self.terms, entry, values, lambda: stock() * weight)
         return total(values)
 
 
@@ -172,29 +217,23 @@ class Mask2FormerTerms(Terms, Mask2FormerLoss):
 CRITERIA = {MaskFormerLoss: MaskFormerTerms, Mask2FormerLoss: Mask2FormerTerms}
 
 
-def _compare(
-    function: Callable[..., Tensor], logits: Tensor, masks: Tensor, num_masks: Tensor
-) -> Tensor:
-    """Give masks ``(N, P)`` as images of one class; by their resampling 1 may be 1.0000001."""
-    return function(logits.unsqueeze(1), masks.clamp(0, 1).unsqueeze(1), num_masks)
-
-
 def _terms(loss: LossSum, family: type[Loss]) -> list[tuple[str, Loss]]:
     return [(name, term) for name, _, term in loss.items() if isinstance(term, family)]
 
 
-def _read(spec: str, model: PreTrainedModel) -> LossSum:
-    loss, owner = build_loss(spec), type(model).__name__
+def read(cls: type, spec: str) -> LossSum:
+    """The losses of a string, as far as it can be judged without a model."""
+    loss, owner = build_loss(spec), cls.__name__
     families = tuple(ENTRIES.values())
     for name, _, term in loss.items():
         if not isinstance(term, families) or term.of_batch:
-            choices = ", ".join(other for other, cls in LOSSES.items() if issubclass(cls, families))
-            raise SpecError(f"{owner} has no use for {name!r}, it has for {choices}")
+            raise SpecError(
+                f"{owner} has no use for {name!r}, it has for losses such as ce, softmax_focal, "
+                "bce, focal, dice, tversky"
+            )
         if fixed := [option for option in FIXED if option in term.given]:
             raise SpecError(f"{name!r}: {owner} itself decides {fixed[0]!r}")
-        classes = model.config.num_labels + 1 if isinstance(term, PixelLoss) else 1
-        LossSum([(1.0, term)]).check_classes(classes)
     for entry, family in ENTRIES.items():
         if not _terms(loss, family):
-            warnings.warn(f"{spec!r} has no loss for {entry!r}: it stays as it is", stacklevel=4)
+            warn(f"{spec!r} has no loss for {entry!r}: it stays as it is")
     return loss

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from detseg_losses.integrations.extras import needs
-from detseg_losses.integrations.segmentation import attach, detach, losses_of, read_losses, taken
+from detseg_losses.integrations.segmentation import (
+    attach,
+    detach,
+    losses_of,
+    read,  # noqa: F401
+    read_losses,
+    taken,
+)
 from detseg_losses.layout import Mode
 
 with needs("transformers"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -25,9 +28,17 @@ from detseg_losses.integrations.samples import (
     SegmentationSample,
     category_names,
     check_box,
+    check_content,
+    check_image,
+    check_regular,
     choose_classes,
+    inside,
     read_header,
     read_image,
+    read_text,
+    to_flag,
+    to_number,
+    usable_objects,
     usable_results,
 )
 
@@ -46,15 +57,24 @@ VOC_CLASSES = [
 
 Task = Literal["detection", "segmentation"]
 _LISTS = {"detection": "Main", "segmentation": "Segmentation"}
+_LARGEST = 32 * 2**20  # bytes of XML; an image with 100,000 objects needs fewer
 
 
 class VocDetection(DetectionData):
     """The boxes of a data set in VOC's layout: ``Annotations``, ``JPEGImages``, ``ImageSets/Main``.
 
+    The split is a text file with one name a line: ``0001`` or, in a sub-folder, ``sub/0001``. It
+    stands for ``Annotations/0001.xml`` and an image ``JPEGImages/0001``, whose extension can be any
+    that Pillow opens. Of several such images the one is read that the annotation's ``<filename>``
+    names, else the first of jpg, jpeg, png and then the other extensions in alphabetical order.
+    VOC's lists for single classes (``0001 -1``) are splits like any other: every image in them is
+    read, and the flag is not.
+
     VOC's coordinates count pixels from 1 and include the last one, so the box that covers the same
     pixels is ``(xmin - 1, ymin - 1, xmax, ymax)``; its IoU is that of VOC's development kit.
     An object whose ``xmax`` is not above ``xmin`` (or ``ymax``, ``ymin``) is faulty: a point that
-    was clicked, not an object one pixel wide.
+    was clicked, not an object one pixel wide. So is an object whose ``difficult`` is neither 0 nor
+    1 (nor true, false, yes, no or blank).
 
     The classes are those of ``classes.txt`` (one a line) in the directory of the layout; without
     that file VOC's twenty, where every object in ``Annotations`` is one of them, else the names
@@ -73,53 +93,75 @@ class VocDetection(DetectionData):
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         split: str,
         *,
         classes: Sequence[str] | None = None,
         faulty: Faulty = "skip",
     ) -> None:
-        directory, names = _read_list(root, split, "detection")
+        faults: list[Fault] = []
+        directory, images, names = _read_list(Path(root), split, "detection", faults)
         known = _known_classes(directory)
         chosen = choose_classes(known, classes, directory / "Annotations")
         label_of: dict[str, int | None] = dict.fromkeys(known)
         label_of |= {known[position]: label for label, position in enumerate(chosen)}
 
-        faults: list[Fault] = []
-        files = _by_stem(directory / "JPEGImages")
         records = []
-        for image_id, name in enumerate(names, start=1):
-            path = files.get(name, directory / "JPEGImages" / f"{name}.jpg")
-            if (header := read_header(path, faults)) is None:
-                continue
-            size = header.width, header.height
+        for name, image_id in names.items():
             annotation = directory / "Annotations" / f"{name}.xml"
-            objects = _read_objects(annotation, size, label_of, faults)
-            if objects is None or (classes is not None and not len(objects.labels)):
+            if (tree := _read_xml(annotation, faults)) is None:
                 continue
-            records.append(DetectionRecord(ImageFile(image_id, path.name, path, *size), objects))
+            path = images.find(name, tree.findtext("filename", ""))
+            if (judged := check_image(path, _stated_size(tree), faults)) is None:
+                continue
+            image = ImageFile(image_id, images.name_of(path), path, *judged)
+            objects = _read_objects(annotation, tree, (image.width, image.height), label_of, faults)
+            if classes is None or len(objects.labels):
+                records.append(DetectionRecord(image, objects))
         self.category_ids = [position + 1 for position in chosen]
         super().__init__(records, [known[position] for position in chosen], faults, faulty)
 
 
-def _read_objects(
-    file: Path, size: tuple[int, int], label_of: dict[str, int | None], faults: list[Fault]
-) -> Objects | None:
-    """The objects of one XML file; None, and a fault more, where the file cannot be used."""
+def _read_xml(file: Path, faults: list[Fault]) -> ElementTree.Element | None:
+    """The root of an annotation; None, and a fault more, where the file cannot be used."""
     try:
-        tree = ElementTree.parse(file)
+        check_regular(file)
+        if file.stat().st_size <= _LARGEST:
+            return ElementTree.fromstring(_decode(file.read_bytes()))
+        faults.append(Fault(file, None, f"annotation is larger than {_LARGEST} bytes"))
     except FileNotFoundError:
         faults.append(Fault(file, None, "annotation is missing"))
-        return None
-    except ElementTree.ParseError as error:
+    except OSError as error:
+        faults.append(Fault(file, None, "annotation cannot be read", error))
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
         faults.append(Fault(file, None, "annotation is not valid XML", error))
-        return None
-    stated = (tree.findtext("size/width", "0"), tree.findtext("size/height", "0"))
-    if stated != ("0", "0") and stated != (str(size[0]), str(size[1])):
-        reason = "image is not of the size that the annotation states"
-        faults.append(Fault(file, None, reason, f"{size[0]}x{size[1]} for {'x'.join(stated)}"))
-        return None
+    return None
 
+
+def _decode(xml: bytes) -> str | bytes:
+    """The text of an XML file in the encoding that it declares; expat knows few encodings."""
+    if xml.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return xml.decode("utf-16")
+    declared = _ENCODING.match(xml)
+    return xml.decode(declared[1].decode()) if declared else xml
+
+
+_ENCODING = re.compile(rb"""(?:\xef\xbb\xbf)?<\?xml[^>]*?\sencoding\s*=\s*["']([A-Za-z][\w.-]*)""")
+
+
+def _stated_size(tree: ElementTree.Element) -> tuple[float, float] | None:
+    """Width and height that an annotation states; many tools leave them at 0 or blank."""
+    width, height = (to_number(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+    return (width, height) if width and height and min(width, height) > 0 else None
+
+
+def _read_objects(
+    file: Path,
+    tree: ElementTree.Element,
+    size: tuple[int, int],
+    label_of: dict[str, int | None],
+    faults: list[Fault],
+) -> Objects:
     boxes, labels, difficult = [], [], []
     for index, element in enumerate(tree.iter("object")):
         name = element.findtext("name", "").strip()
@@ -132,13 +174,18 @@ def _read_objects(
         corners = [
             element.findtext(f"bndbox/{key}", "") for key in ("xmin", "ymin", "xmax", "ymax")
         ]
+        flag = to_flag(element.findtext("difficult"))
+        if flag is None:
+            value = element.findtext("difficult")
+            faults.append(Fault(file, index, "difficult is neither true nor false", value))
+            continue
         box, fault = _to_box(corners, size)
         if fault:
             faults.append(Fault(file, index, fault, f"xmin, ymin, xmax, ymax {corners} in {size}"))
         if box is not None:
             boxes.append(box)
             labels.append(label)
-            difficult.append(element.findtext("difficult", "0").strip() == "1")
+            difficult.append(flag)
     corners_array = np.array(boxes, np.float64).reshape(-1, 4)
     sides = corners_array[:, 2:] - corners_array[:, :2]
     return Objects(
@@ -171,9 +218,14 @@ class _MaskRecord:
 class VocSegmentation(ImageData[_MaskRecord, SegmentationSample]):
     """The masks of a data set in VOC's layout: ``SegmentationClass``, ``ImageSets/Segmentation``.
 
-    Masks are palette (or grey) images, whose indices are the classes; 255 is void. The classes are
-    all those of ``classes.txt`` (one a line, the first is index 0) in the directory of the layout;
-    without that file the background and VOC's twenty.
+    Names and images are those of :class:`VocDetection`. Masks are palette or grey images of 1 to 16
+    bits, whose indices are the classes; 255 is void, and a second channel (transparency) is not
+    read. Of several masks of a name the first of png, tif, tiff, bmp, gif is read, then other
+    extensions in alphabetical order. A mask that was compressed with loss is faulty.
+
+    The classes are all those of ``classes.txt`` (one a line, the first is index 0) in the directory
+    of the layout; without that file the background and VOC's twenty. An image is turned by its EXIF
+    orientation where only then it has the size of its mask.
 
     Args:
         root: the directory of the layout, or one above it (``VOCdevkit/VOC20xx``, ``VOC20xx``).
@@ -187,62 +239,78 @@ class VocSegmentation(ImageData[_MaskRecord, SegmentationSample]):
             value that is neither a class nor 255.
     """
 
-    def __init__(self, root: Path, split: str, *, faulty: Faulty = "skip") -> None:
-        directory, names = _read_list(root, split, "segmentation")
+    def __init__(self, root: str | Path, split: str, *, faulty: Faulty = "skip") -> None:
         faults: list[Fault] = []
-        files = _by_stem(directory / "JPEGImages")
+        directory, images, names = _read_list(Path(root), split, "segmentation", faults)
+        masks = _Images(directory / "SegmentationClass", (".png", ".tif", ".tiff", ".bmp", ".gif"))
         records = []
-        for image_id, name in enumerate(names, start=1):
-            path = files.get(name, directory / "JPEGImages" / f"{name}.jpg")
-            mask = directory / "SegmentationClass" / f"{name}.png"
-            header, mask_header = read_header(path, faults), read_header(mask, faults)
-            if header is None or mask_header is None:
+        for name, image_id in names.items():
+            path, mask = images.find(name), masks.find(name)
+            header = read_header(mask, faults)
+            size = (header.width, header.height) if header else None
+            judged = check_image(path, size, faults, "mask has")
+            if header is None or judged is None:
                 continue
-            size, mask_size = (
-                (header.width, header.height),
-                (mask_header.width, mask_header.height),
-            )
-            if size != mask_size:
-                reason = "mask is not of the image's size"
-                faults.append(Fault(mask, None, reason, f"{mask_size} for {size}"))
-                continue
-            mode = mask_header.mode
-            if mode not in ("P", "L"):
-                reason = "mask is not an image of class indices (palette or grey, 8 bits)"
-                faults.append(Fault(mask, None, reason, f"mode {mode}"))
-                continue
-            records.append(_MaskRecord(ImageFile(image_id, path.name, path, *size), mask))
+            if header.format in _LOSSY:
+                reason = "mask is compressed with loss, which changes class indices; save it as PNG"
+                faults.append(Fault(mask, None, reason, header.format))
+            elif header.mode not in _MASK_MODES:
+                reason = "mask is not an image of class indices (palette or grey)"
+                faults.append(Fault(mask, None, reason, f"mode {header.mode}"))
+            else:
+                image = ImageFile(image_id, images.name_of(path), path, *judged)
+                records.append(_MaskRecord(image, mask))
         classes = _listed_classes(directory) or ["background", *VOC_CLASSES]
+        if len(classes) > VOID:
+            raise DataError(
+                f"{directory / 'classes.txt'}: {len(classes)} classes are too many for masks, in "
+                f"which {VOID} is void"
+            )
         super().__init__(records, classes, faults, faulty)
 
     def __getitem__(self, index: int) -> SegmentationSample:
         record = self._records[index]
-        try:
-            with Image.open(record.mask) as image:
-                mask = np.array(image)
-        except UNREADABLE as error:
-            raise DataError(f"{record.mask}: cannot be decoded ({error}); replace it") from error
-        present = np.flatnonzero(np.bincount(mask.ravel(), minlength=VOID + 1))
-        beyond = present[(present >= len(self.classes)) & (present != VOID)]
+        mask = _read_mask(record.mask)
+        beyond = mask[((mask < 0) | (mask >= len(self.classes))) & (mask != VOID)]
         if beyond.size:
             raise DataError(
-                f"{record.mask}: holds the value {beyond[0]}, but there are {len(self.classes)} "
-                f"classes, 0 to {len(self.classes) - 1}, and {VOID} for void; correct the mask, or "
+                f"{record.mask}: holds the value {beyond.min()}, but there are {len(self.classes)} "
+                f"classes, 0 to {len(self.classes) - 1}, and {VOID} is void; correct the mask, or "
                 "name every class in classes.txt"
             )
         return SegmentationSample(
             image=read_image(record.image.path, record.image.upright),
-            mask=mask,
+            mask=mask.astype(np.uint8),
             image_id=record.image.id,
             name=record.image.name,
         )
 
 
-def voc_splits(root: Path, task: Task) -> list[str]:
+_LOSSY = ("JPEG", "MPO", "JPEG2000")
+_MASK_MODES = ("1", "L", "LA", "P", "I", "I;16", "I;16B")
+_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads greys of 2 and 4 bits over 0 to 255
+
+
+def _read_mask(file: Path) -> NDArray[Any]:
+    """The class indices ``(H, W)`` of a mask, integers or bool."""
+    try:
+        check_regular(file)
+        with Image.open(file) as image:
+            stored = image.tile[0][3] if image.tile else None
+            mask = np.array(image)
+    except UNREADABLE as error:
+        raise DataError(f"{file}: cannot be decoded ({error}); replace it") from error
+    if mask.ndim == 3:
+        mask = mask[..., 0]  # the rest is transparency
+    stored = stored[0] if isinstance(stored, tuple) else stored
+    return mask // _SPREAD[stored] if stored in _SPREAD else mask
+
+
+def voc_splits(root: str | Path, task: Task) -> list[str]:
     """The splits of a data set in VOC's layout, sorted; VOC's lists of single classes left out."""
     names = {
         file.stem
-        for directory in _layouts(root)
+        for directory in _layouts(Path(root))
         for file in (directory / "ImageSets" / _LISTS[task]).glob("*.txt")
     }
     return sorted(name for name in names if name.rpartition("_")[0] not in VOC_CLASSES)
@@ -253,10 +321,59 @@ def _layouts(root: Path) -> list[Path]:
     return sorted(directory for directory in candidates if (directory / "ImageSets").is_dir())
 
 
-def _read_list(root: Path, split: str, task: Task) -> tuple[Path, list[str]]:
-    """The directory of the layout that has the split, and the names in its list."""
-    listed = Path("ImageSets") / _LISTS[task] / f"{split}.txt"
-    found = [directory for directory in _layouts(root) if (directory / listed).is_file()]
+class _Images:
+    """The files of a directory that are images by their extension, found by name without it."""
+
+    def __init__(self, directory: Path, preferred: tuple[str, ...]) -> None:
+        self.directory = directory
+        known = [
+            ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
+        ]
+        self._order = [*preferred, *sorted(set(known) - set(preferred))]
+        self._folders: dict[Path, dict[str, list[Path]]] = {}
+
+    def find(self, name: str, stated: str = "") -> Path:
+        """The image; of several the one of the file name ``stated``, else by extension."""
+        path = self.directory / name
+        files = self._folder(path.parent).get(path.name, [])
+        stated = PurePosixPath(stated.strip().replace("\\", "/")).name
+        first = files[0] if files else path.with_name(path.name + self._order[0])
+        return next((file for file in files if file.name == stated), first)
+
+    def __contains__(self, name: str) -> bool:
+        path = inside(self.directory, name)
+        return path is not None and path.name in self._folder(path.parent)
+
+    def name_of(self, path: Path) -> str:
+        """The name of an image in its data set: with its sub-folder and extension."""
+        return path.relative_to(self.directory).as_posix()
+
+    def _folder(self, folder: Path) -> dict[str, list[Path]]:
+        if folder not in self._folders:
+            rank = {ending: number for number, ending in enumerate(self._order)}
+            try:
+                files = [folder / name for name in os.listdir(folder)]
+            except OSError:
+                files = []  # each image in it is then reported as missing
+            images = [file for file in files if file.suffix.lower() in rank]
+            images.sort(key=lambda file: (rank[file.suffix.lower()], file.name))
+            by_stem = self._folders[folder] = {}
+            for file in images:
+                by_stem.setdefault(file.stem, []).append(file)
+        return self._folders[folder]
+
+
+def _read_list(
+    root: Path, split: str, task: Task, faults: list[Fault]
+) -> tuple[Path, _Images, dict[str, int]]:
+    """The directory of the layout that has the split, its images, and the names with their ids."""
+    listed = inside(Path("ImageSets", _LISTS[task]), f"{split}.txt")
+    if listed is None:
+        raise DataError(
+            f"{root}: the split {split!r} leads outside of the data; name a list in "
+            f"ImageSets/{_LISTS[task]}"
+        )
+    found = [directory for directory in _layouts(root) if os.path.isfile(directory / listed)]
     if not found:
         splits = ", ".join(voc_splits(root, task)) or "none"
         raise DataError(
@@ -266,30 +383,61 @@ def _read_list(root: Path, split: str, task: Task) -> tuple[Path, list[str]]:
     if len(found) > 1:
         years = ", ".join(map(str, found))
         raise DataError(f"{root}: several directories have {listed}; name one as root: {years}")
-    lines = (found[0] / listed).read_text().splitlines()
-    return found[0], [line.strip() for line in lines if line.strip()]
+    (directory,) = found
+    file = directory / listed
+    images = _Images(directory / "JPEGImages", (".jpg", ".jpeg", ".png"))
+    lines = _without_flags(_read_lines(file), images)
+    if not lines:
+        raise DataError(f"{file}: names no image")
+    names: dict[str, int] = {}
+    for position, (number, line) in enumerate(lines, start=1):
+        path = inside(images.directory, line)
+        if path is None:
+            reason = "name is not a path inside the data folder"
+            faults.append(Fault(file, None, reason, f"line {number}: {line!r}"))
+        elif (name := images.name_of(path)) in names:
+            faults.append(Fault(file, None, "image is listed twice", f"line {number}: {name!r}"))
+        else:
+            names[name] = position
+    return directory, images, names
 
 
-def _by_stem(directory: Path) -> dict[str, Path]:
-    return {file.stem: file for file in sorted(directory.glob("*"))}
+def _read_lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers."""
+    text = read_text(file)
+    if "\0" in text:
+        raise DataError(f"{file}: is not text, or in an unknown encoding; save it as UTF-8")
+    lines = enumerate(text.splitlines(), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+_FLAGGED = re.compile(r"(.*\S)\s+(?:-1|0|1)")
+
+
+def _without_flags(lines: list[tuple[int, str]], images: _Images) -> list[tuple[int, str]]:
+    """The names in a list of VOC's for a single class, where a flag follows every name."""
+    names = [(number, match[1]) for number, line in lines if (match := _FLAGGED.fullmatch(line))]
+    is_flagged = len(names) == len(lines) and not any(line in images for _, line in lines)
+    return names if is_flagged else lines
 
 
 def _listed_classes(directory: Path) -> list[str]:
     file = directory / "classes.txt"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [line.strip() for line in lines if line.strip()]
+    names = [line for _, line in _read_lines(file)] if file.exists() else []
+    if repeated := [name for name, n in Counter(names).items() if n > 1]:
+        raise DataError(f"{file}: the class {repeated[0]!r} is listed twice")
+    return names
 
 
 def _known_classes(directory: Path) -> list[str]:
     if listed := _listed_classes(directory):
         return listed
     found: set[str] = set()
-    for file in (directory / "Annotations").glob("*.xml"):
-        try:
-            tree = ElementTree.parse(file)
-        except ElementTree.ParseError:
-            continue  # becomes a fault when the image that it belongs to is read
-        found.update(element.findtext("name", "").strip() for element in tree.iter("object"))
+    for file in (directory / "Annotations").rglob("*.xml"):
+        # What is faulty becomes a fault when the image that it belongs to is read.
+        if (tree := _read_xml(file, faults=[])) is not None:
+            found.update(element.findtext("name", "").strip() for element in tree.iter("object"))
+    found.discard("")
     return VOC_CLASSES if found <= set(VOC_CLASSES) else sorted(found)
 
 
@@ -309,7 +457,7 @@ def voc_metrics(
 
     Args:
         ground_truth: the content of a COCO annotation file, boxes XYWH, with ``difficult: 1`` at
-            the difficult objects (:meth:`DetectionData.ground_truth`).
+            the difficult objects (:meth:`DetectionData.ground_truth`) or COCO's ``ignore: 1``.
         results: the content of a COCO results file.
         eleven_point: VOC 2007's mean of the precision at eleven recalls; otherwise the area under
             the interpolated curve (VOC 2010 and later).
@@ -318,14 +466,21 @@ def voc_metrics(
     Returns:
         ``mAP``, the mean over the classes that have an object; ``per_class``, AP by class name,
         None without an object; ``notes``, sentences on what is None or was left out.
+
+    Raises:
+        DataError: the ground truth or the results are no such content; the entry is named.
+        ValueError: ``iou_threshold`` is not in (0, 1].
     """
+    if not 0 < iou_threshold <= 1:
+        raise ValueError(f"iou_threshold={iou_threshold!r} is not in (0, 1]")
     notes: list[str] = []
-    usable = usable_results(ground_truth, results, notes)
-    per_class: dict[str, float | None] = {}
-    for category, name in category_names(ground_truth["categories"]).items():
-        objects = [a for a in ground_truth["annotations"] if a["category_id"] == category]
-        found = [r for r in usable if r["category_id"] == category]
-        per_class[name] = _average_precision(objects, found, eleven_point, iou_threshold)
+    content = check_content(ground_truth, "ground truth")
+    objects = _by_category(usable_objects(content, notes))
+    found = _by_category(usable_results(content, results, notes))
+    per_class = {
+        name: _average_precision(objects[category], found[category], eleven_point, iou_threshold)
+        for category, name in category_names(content["categories"]).items()
+    }
     values = [value for value in per_class.values() if value is not None]
     if not values:
         notes.append("There is no ground truth object that counts, so no AP can be computed.")
@@ -342,13 +497,21 @@ def voc_metrics(
     }
 
 
+def _by_category(entries: Sequence[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for entry in entries:
+        groups[entry["category_id"]].append(entry)
+    return groups
+
+
 def _average_precision(
     objects: list[dict[str, Any]],
     found: list[dict[str, Any]],
     eleven_point: bool,
     iou_threshold: float,
 ) -> float | None:
-    ignored = np.array([bool(a.get("difficult") or a.get("iscrowd")) for a in objects], np.bool_)
+    flags = ("difficult", "iscrowd")
+    ignored = np.array([any(a[key] for key in flags) for a in objects], np.bool_)
     positives = int((~ignored).sum())
     if positives == 0:
         return None
@@ -408,31 +571,42 @@ class ConfusionMatrix:
         num_classes: K.
         ignore_index: the target value of pixels that do not count.
         device: where ``matrix`` lies.
+
+    Raises:
+        ValueError: ``num_classes`` or ``ignore_index`` is not an integer, or there is no class.
     """
 
     def __init__(
         self, num_classes: int, ignore_index: int = VOID, device: torch.device | str = "cpu"
     ) -> None:
+        if type(num_classes) is not int or num_classes < 1:
+            raise ValueError(f"num_classes={num_classes!r} is not an integer from 1 up")
+        if type(ignore_index) is not int:
+            raise ValueError(f"ignore_index={ignore_index!r} is not an integer")
         self.ignore_index = ignore_index
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
         """Count the pixels of class indices ``prediction`` and ``target``, of one shape.
 
+        Any dtype will do, as long as the values are whole.
+
         Raises:
+            TypeError: one of them is no tensor.
             ValueError: the shapes differ, or a value is neither a class nor ``ignore_index``.
         """
+        for name, given in (("prediction", prediction), ("target", target)):
+            if not isinstance(given, torch.Tensor):
+                raise TypeError(f"the {name} is a {type(given).__name__} and not a tensor")
         if prediction.shape != target.shape:
             raise ValueError(
-                f"the prediction is {tuple(prediction.shape)}, the target {tuple(target.shape)}"
+                f"the prediction is {tuple(prediction.shape)}, the target {tuple(target.shape)}; "
+                "both are class indices, which logits become by argmax over the classes"
             )
         classes = len(self.matrix)
         valid = target != self.ignore_index
-        true, predicted = target[valid].long(), prediction[valid].long()
-        for name, values in (("target", true), ("prediction", predicted)):
-            beyond = values[(values < 0) | (values >= classes)]
-            if beyond.numel():
-                raise ValueError(f"the {name} holds {beyond[0].item()}, outside [0, {classes})")
+        true = _to_indices(target[valid], classes, "target")
+        predicted = _to_indices(prediction[valid], classes, "prediction")
         counts = torch.bincount(true * classes + predicted, minlength=classes * classes)
         self.matrix += counts.view(classes, classes).to(self.matrix.device)
 
@@ -444,6 +618,8 @@ class ConfusionMatrix:
         """
         if len(classes) != len(self.matrix):
             raise ValueError(f"{len(classes)} names for {len(self.matrix)} classes")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"two classes have the same name: {', '.join(classes)}")
         matrix = self.matrix.cpu().double()
         hits, both = matrix.diag(), matrix.sum(0) + matrix.sum(1)
         occurs = both > 0
@@ -464,3 +640,11 @@ class ConfusionMatrix:
             "mean_dice": dice[occurs].mean().item(),
             "pixel_accuracy": (hits.sum() / matrix.sum()).item(),
         }
+
+
+def _to_indices(values: torch.Tensor, classes: int, name: str) -> torch.Tensor:
+    indices = values.long()
+    wrong = values[(indices.to(values.dtype) != values) | (indices < 0) | (indices >= classes)]
+    if wrong.numel():
+        raise ValueError(f"the {name} holds {wrong[0].item()}, which is no class in [0, {classes})")
+    return indices

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from detseg_losses.base import Loss, compute_dtype, divide, rows_where
-from detseg_losses.integrations.detection import FIXED, Roles, read_losses, terms_of, total
+from detseg_losses.integrations.detection import (
+    FIXED,
+    Roles,
+    compare,
+    read_losses,
+    terms_of,
+    total,
+)
 from detseg_losses.integrations.extras import needs
 from detseg_losses.spec import LossSum, SpecError, build_loss, read_stages
 
@@ -50,9 +58,6 @@ TRAINERS = {"detect": DetectionTrainer, "segment": SegmentationTrainer}
 OTHERS = ("RTDETR", "World", "YOLOE")
 """How the names of heads begin that have a task of these, and need other trainers."""
 
-UNLIKE = 2.0
-"""A role that changes by more than this factor has another share of the whole loss."""
-
 Losses = dict[str, LossSum]
 """The sums of the two parts of a string, ``"detection"`` and ``"mask"``; either may be missing."""
 
@@ -74,7 +79,7 @@ def trainer(spec: str) -> Callable[..., BaseTrainer]:
         >>> YOLO("yolo11n.yaml").train(trainer=yolo.trainer("giou+focal"), data="coco8.yaml")
     """
     _read(spec)
-    return functools.partial(_start, spec.strip())
+    return partial(_start, spec.strip())
 
 
 def _start(
@@ -210,6 +215,8 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
         criterion = _new_criterion(model, criterion)
     for branch in _branches(criterion):
         _check_fit(losses, model, branch)
+    for loss in losses.values():
+        loss.adapt(model)
     restore_losses(model)
     model.criterion = criterion
     criterion.made = made
@@ -219,7 +226,7 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
         branch.bbox_loss = BoxTerms(branch.bbox_loss, losses, compare)
         if "mask" in losses:
             branch.single_mask_loss = MaskTerms(branch.single_mask_loss, losses, compare)
-    criterion.losses = {stage: loss.adapt(model) for stage, loss in losses.items()}
+    criterion.losses = losses
     return model
 
 
@@ -251,20 +258,21 @@ def _branches(criterion: Any) -> list[Any]:
     return [criterion]
 
 
+def read(cls: type, spec: str) -> Losses:
+    """The losses of a string, as far as it can be judged without a model."""
+    return _read(spec)
+
+
 def _read(spec: str) -> Losses:
     """The sums of a string such as ``"giou+focal; mask: bce+dice"``."""
-    head, stages = spec.partition(";")[0], ("detection", "mask")
-    if ":" in head:
-        parts = read_stages(spec, stages, "YOLO")
-    else:
-        parts = {"detection": head} | read_stages(spec[len(head) :], stages[1:], "YOLO")
+    parts = read_stages(spec, ("detection", "mask"), "YOLO", unnamed=("detection",))
     losses: Losses = {}
     if "detection" in parts:
         # Of the sides of boxes most strings say nothing, and mean no change.
         stated = build_loss(parts["detection"])
         spoken = [role for role in SIDES if terms_of(stated, ROLES[role])]
         roles = {role: ROLES[role] for role in ("cls_loss", "box_loss", *spoken)}
-        losses["detection"] = read_losses(parts["detection"], "YOLO", roles, "batch")
+        losses["detection"] = read_losses(parts["detection"], "YOLO", roles, "batch", masks=True)
     if "mask" in parts:
         losses["mask"] = _read_masks(parts["mask"])
     for loss in losses.values():
@@ -331,7 +339,7 @@ class _Terms(nn.Module):
         stock: that part.
         losses: what to compute.
         compare: say in the first batch with objects where a value is of another scale than the
-            stock one.
+            stock one, see :func:`~detseg_losses.integrations.detection.compare`.
     """
 
     def __init__(self, stock: Any, losses: Losses, compare: bool) -> None:
@@ -340,24 +348,13 @@ class _Terms(nn.Module):
         self.losses: Any = nn.ModuleDict(losses)
         self.compare = compare
 
-    def check_scale(self, role: str, ours: Tensor, stock: Tensor) -> None:
-        """Warn where a role is of another scale than it was."""
-        ratio = float(divide(ours.detach(), stock.detach()))
-        if ratio > 0 and not 1 / UNLIKE < ratio < UNLIKE:
-            names = " and ".join(name for name, _ in _terms(self.losses, role))
-            LOGGER.warning(
-                f"{role} is {ratio:.2g} times the stock loss in the first batch with objects: "
-                f"think of a {'larger' if ratio < 1 else 'smaller'} weight of {names} in the "
-                "loss string"
-            )
-
 
 class ClassTerms(_Terms):
     """Stands in for the BCE of a criterion: of logits and target scores ``(B, A, C)``, as large."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         for loss in self.losses.values():
-            loss.values = {}  # of the parts of a criterion this is computed first
+            loss.record({})  # of the parts of a criterion this is computed first
         terms = _terms(self.losses, "cls_loss")
         if not terms:
             return self.stock(logits, targets)
@@ -370,8 +367,9 @@ class ClassTerms(_Terms):
         each = total(values)
         if self.compare and targets.any():
             self.compare = False
-            stock = self.stock(logits.detach(), targets)
-            self.check_scale("cls_loss", each.sum(), stock.sum())
+            sums = {name: value.sum() for name, value in values.items()}
+            stock = partial(self.stock, logits.detach(), targets)
+            compare(loss, "cls_loss", sums, lambda: stock().sum(), LOGGER.warning)
         return each
 
 
@@ -391,8 +389,8 @@ class BoxTerms(_Terms):
         sides = "dfl_loss" if self.stock.dfl_loss else "l1_loss"
         terms = {role: _terms(self.losses, role) for role in ("box_loss", sides)}
         found = {}
-        compare = self.compare and bool(inputs[6].any())
-        if compare or not all(terms.values()):
+        has_objects = self.compare and bool(inputs[6].any())
+        if has_objects or not all(terms.values()):
             found = dict(zip(terms, self.stock(*inputs), strict=True))
         if any(terms.values()):
             loss = self.losses["detection"]
@@ -405,11 +403,12 @@ class BoxTerms(_Terms):
                     values[name] = loss.weighted(name, (each * weight).sum())
                     loss.values[name] = values[name].detach()
                 if values:
-                    ours = total(values)
-                    if compare:
-                        self.check_scale(role, ours, found[role])
-                    found[role] = ours
-        if compare:
+                    if has_objects:
+                        compare(
+                            loss, role, values, partial(found.__getitem__, role), LOGGER.warning
+                        )
+                    found[role] = total(values)
+        if has_objects:
             self.compare = False
         return found["box_loss"], found[sides]
 
@@ -480,8 +479,9 @@ class MaskTerms(_Terms):
         result = total(values)
         if self.compare and len(masks):
             self.compare = False
-            stock = self.stock(masks, coefficients.detach(), prototypes.detach(), boxes, area)
-            self.check_scale("seg_loss", result, stock)
+            coefficients, prototypes = coefficients.detach(), prototypes.detach()
+            own = partial(self.stock, masks, coefficients, prototypes, boxes, area)
+            compare(loss, "seg_loss", values, own, LOGGER.warning, "mask: ")
         return result
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -70,15 +71,15 @@ def test_numbers_of_a_ramp(ramp: Ramp, numbers: list[float]) -> None:
         ("ramp(0, 1, steps=0)*ce", 1, "steps must be a whole number from 1, not 0"),
         ("ramp(0, 1, steps=1.5)*ce", 1, "steps must be a whole number from 1, not 1.5"),
         ("ramp(0, 1, steps=1, after=-1)*ce", 1, "after must be a whole number from 0"),
-        ("ramp(0, 1e999, steps=9)*ce", 1, "end must be a finite number, not inf"),
+        ("ramp(0, 1e999, steps=9)*ce", 9, "the number '1e999' is too large"),
         ("ramp(0, '1', steps=9)*ce", 1, "end must be a finite number"),
         ("focal(gamma=ramp(0, 1, steps=2, curve='s'))", 13, "curve must be one of"),
         ("focal(gamma=ramp(0, -1, steps=2))", 1, "gamma must not be negative"),
         ("focal(gamma=ramp(-1, 0, steps=2))", 1, "gamma must not be negative"),
         ("ce(per_image=ramp(0, 1, steps=2))", 1, "'per_image' of ce cannot be on a ramp"),
         ("learnd*ce", 1, "a weight is a number, as in"),
-        ("2*learned*ce", 1, "a weight is a number, as in"),
-        ("learned", 1, "no loss 'learned'"),
+        ("2*learned*ce", 3, "a loss has one weight"),
+        ("learned", 1, r"after a weight there must be '\*' and a loss: 'learned\*ce'"),
     ],
 )
 def test_errors_point_at_the_column(spec: str, column: int, message: str) -> None:
@@ -532,3 +533,35 @@ def test_processes_learn_the_same() -> None:
         assert torch.equal(a, b)
         if index < 8:
             torch.testing.assert_close(a, one[index], rtol=1e-4, atol=1e-6)
+
+
+RAMPS = ["ramp(0, 1, steps=9)*ce + dice", "focal(gamma=ramp(0, 2, steps=9))"]
+
+
+def calls(loss: LossSum, number: int = 60) -> list[str]:
+    """What is said in so many calls."""
+    x, y = torch.zeros(1, 1, 2, requires_grad=True), torch.zeros(1, 2).long()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(number):
+            loss(x.expand(1, 2, 2) if loss.names[0] == "ce" else x, y)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("spec", RAMPS)
+def test_a_ramp_that_nobody_advances_is_said_once(spec: str) -> None:
+    loss = build_loss(spec, kind="segmentation")
+    assert not calls(loss, 49)
+    (found,) = calls(loss, 100)
+    assert "after 50 training calls the ramp in" in found
+    assert "call advance() of the loss after each optimizer step" in found
+
+
+@pytest.mark.parametrize("spec", [*RAMPS, "learned*ce", "ce"])
+def test_nothing_is_said_of_a_ramp_that_goes_on_or_does_not_train(spec: str) -> None:
+    loss = build_loss(spec, kind="segmentation")
+    assert not calls(loss.eval())
+    with torch.no_grad():
+        assert not calls(loss.train())
+    loss.advance()
+    assert not calls(loss)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import references
-from detseg_losses import boundary_loss, build_loss, signed_distance
+from detseg_losses import boundary, boundary_loss, build_loss, signed_distance
 from references import value_and_grad
 
 MODES = ["multiclass", "binary", "multilabel"]
@@ -104,6 +104,87 @@ def test_signed_distance_is_equal_to_scipy() -> None:
         outside, inside = (ndimage.distance_transform_edt(m) for m in (~mask, mask))
         expected = torch.as_tensor(outside + (1 - inside) * mask)
         torch.testing.assert_close(found[0, c].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [2.0, [5.0, 1.0], [0.25, 0.5]])
+def test_spacing_is_equal_to_scipy(spacing: Any) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(1, 40, 30, generator=generator).cumsum(1).cumsum(2) > 0
+    least = min(spacing) if isinstance(spacing, list) else spacing
+    expected = []
+    for c in range(2):
+        mask = (y[0] == c).numpy()
+        outside, inside = (ndimage.distance_transform_edt(m, spacing) for m in (~mask, mask))
+        expected.append(torch.as_tensor(outside + (least - inside) * mask).float())
+    found = signed_distance(y.long(), 2, spacing=spacing)
+    torch.testing.assert_close(found[0], torch.stack(expected), rtol=1e-5, atol=1e-5)
+    x = torch.randn(1, 2, 40, 30, generator=generator)
+    torch.testing.assert_close(
+        boundary_loss(x, y.long(), spacing=spacing), boundary_loss(x, y.long(), distance=found)
+    )
+    spec = f"boundary(spacing={spacing})"
+    torch.testing.assert_close(build_loss(spec)(x, y.long()), boundary_loss(x, y, spacing=spacing))
+
+
+def test_few_large_steps_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are taken where no value is looked at."""
+    _, y = sample("multiclass", 6, 7, 5)
+    options: dict[str, Any] = {"ignore_index": 255, "spacing": [3.0, 1.0, 0.5]}
+    expected = signed_distance(y, 3, **options)
+    monkeypatch.setattr("detseg_losses.boundary.in_blocks", lambda tensor: False)
+    torch.testing.assert_close(signed_distance(y, 3, **options), expected)
+
+
+def test_soft_masks_are_rounded_as_the_loss_rounds_them() -> None:
+    y = torch.rand(1, 3, 6, 7, generator=torch.Generator().manual_seed(0))
+    y[0, 0, 0, :2] = torch.tensor([0.9, 0.5])
+    torch.testing.assert_close(signed_distance(y), signed_distance((y > 0.5).long()))
+    x = torch.randn(1, 3, 6, 7)
+    found = boundary_loss(x, y, mode="multilabel", distance=signed_distance(y))
+    torch.testing.assert_close(found, boundary_loss(x, y, mode="multilabel"))
+
+
+@pytest.mark.parametrize(
+    ("target", "classes", "message"),
+    [
+        (torch.full((1, 3, 3), 255), 2, "label 255, but there are 2 classes"),
+        (torch.full((1, 1, 3, 3), 255), None, "divided by 255"),
+        (torch.full((1, 3, 3), 3), 3, "label 3, but there are 3 classes, 0 to 2"),
+        (torch.full((1, 3, 3), 0.5), 3, "whole numbers"),
+    ],
+)
+def test_distances_of_bad_labels(target: Tensor, classes: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        signed_distance(target, classes)
+
+
+def test_absent_classes_cost_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 150 classes those of which a boundary is seen are measured, inside and outside."""
+    y = torch.zeros(2, 32, 32, dtype=torch.long)
+    y[0, 3:9, 3:9], y[0, 20:, 20:] = 7, 149
+    counted: list[torch.Size] = []
+    measure = boundary._distance
+    monkeypatch.setattr(
+        boundary, "_distance", lambda mask, by: counted.append(mask.shape) or measure(mask, by)
+    )
+    found = signed_distance(y, 150)
+    assert len(counted) == 2 * 3
+    assert found.flatten(2).any(-1).nonzero().tolist() == [[0, 0], [0, 7], [0, 149]]
+
+
+def test_volumes_need_little_memory() -> None:
+    """A few maps of the volume at a time, not one for each step."""
+    y = torch.zeros(1, 1, 48, 48, 48, dtype=torch.bool)
+    y[..., 10:20, 10:30, 5:9] = True
+    with torch.profiler.profile(profile_memory=True) as profile:
+        signed_distance(y)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0 < peak < 12 * 4 * y.numel()
 
 
 def test_distance_of_a_data_loader() -> None:

@@ -580,7 +580,12 @@ def test_masks(name: str, mode: str, ignore_index: int | None) -> None:
     none = loss(x, target, reduction="none", **options)
     assert_same(none, reference(x, y) * keep)
     each = [
-        loss(x[b : b + 1], target[b : b + 1], reduction="mean", **options | {"weight": weight[b]})
+        loss(
+            x[b : b + 1],
+            target[b : b + 1],
+            reduction="mean",
+            **options | {"weight": weight[b : b + 1]},
+        )
         for b in range(2)
     ]
     assert_same(loss(x, target, reduction="mean", per_image=True, **options), sum(each) / 2)
@@ -622,7 +627,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         (poly_focal_loss, {"epsilon": -1.5}, "epsilon must not be below -1"),
         (poly_focal_loss, {"alpha": 2}, "alpha must be in"),
         (poly_focal_loss, {"gamma": -1}, "gamma must not be negative"),
-        (ghm_loss, {"bins": 0}, "bins must be 1 or more"),
+        (ghm_loss, {"bins": 0}, "bins must be 1 or more, and no more than 65536: 0"),
     ],
 )
 def test_bad_options_of_each(loss: Any, options: dict[str, Any], message: str) -> None:
@@ -633,11 +638,11 @@ def test_bad_options_of_each(loss: Any, options: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (torch.full((7,), 5), "target holds 5,"),
-        (torch.full((7,), -3), "target holds -3,"),
-        (torch.full((7, 5), 1.5), "target holds 1.5,"),
-        (torch.full((7, 5), torch.nan), "target holds nan,"),
-        (torch.zeros(7), "must be integers"),
+        (torch.full((7,), 5), r"target\[0\] is label 5, but there are 5 classes, 0 to 4, or -1"),
+        (torch.full((7,), -3), "is label -3, but"),
+        (torch.full((7, 5), 1.5), r"target\[0, 0\] is 1.5, but .* from 0 to 1"),
+        (torch.full((7, 5), torch.nan), "is nan, but"),
+        (torch.full((7,), 0.5), r"target\[0\] is 0.5: class indices are whole numbers"),
         (torch.zeros(6, dtype=torch.long), r"\(7, 5\) and targets \(6,\) do not fit"),
         (torch.zeros(7, 5, requires_grad=True), "the target requires grad"),
     ],

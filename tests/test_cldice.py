@@ -124,7 +124,14 @@ def test_absent_classes() -> None:
     torch.testing.assert_close(cldice_loss(x, y), each[:2].mean())
 
 
+def test_more_iterations_than_the_image_has_pixels() -> None:
+    """They find nothing more, and take no time."""
+    x, y = sample("multiclass", 6, 7)
+    expected = cldice_loss(x, y, ignore_index=255, iterations=100)
+    assert torch.equal(cldice_loss(x, y, ignore_index=255, iterations=10**9), expected)
+
+
 def test_errors() -> None:
     x, y = sample("multiclass", 6, 7)
-    with pytest.raises(ValueError, match="iterations must not be negative: -1"):
+    with pytest.raises(ValueError, match=r"iterations must not be negative.*: -1"):
         cldice_loss(x, y, ignore_index=255, iterations=-1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detseg_losses.integrations import coco
 from detseg_losses.integrations.coco import (
     CocoDetection,
     CocoSegmentation,
@@ -143,8 +148,30 @@ def test_classes_select_images_and_order_labels(tmp_path: Path) -> None:
         ({"bbox": [3, 3, 4, -1]}, "box has no area", False),
         ({"bbox": [50, 3, 4, 4]}, "box is outside the image", False),
         ({"bbox": [35, 25, 10, 10]}, "box is partly outside the image, clipped", True),
-        ({"bbox": [3, 3, float("nan"), 5]}, "box is not finite", False),
-        ({"bbox": [3, 3, 4]}, "bbox is not four numbers", False),
+        ({"bbox": [3, 3, float("nan"), 5]}, "bbox is not four finite numbers", False),
+        ({"bbox": [3, 3, float("inf"), 5]}, "bbox is not four finite numbers", False),
+        ({"bbox": [1e308, 3, 1e308, 5]}, "box is not finite", False),
+        ({"bbox": [3, 3, 10**400, 5]}, "bbox is not four finite numbers", False),
+        ({"bbox": [3, 3, True, 5]}, "bbox is not four finite numbers", False),
+        ({"bbox": [3, 3, "4px", 5]}, "bbox is not four finite numbers", False),
+        ({"bbox": [3, 3, 4]}, "bbox is not four finite numbers", False),
+        ({"bbox": {"x": 3}}, "bbox is not four finite numbers", False),
+        ({"bbox": None}, "bbox is not four finite numbers", False),
+        ({"area": float("nan")}, "area is not a number from 0 up, that of the box is taken", True),
+        ({"area": -1}, "area is not a number from 0 up, that of the box is taken", True),
+        ({"area": "big"}, "area is not a number from 0 up, that of the box is taken", True),
+        ({"iscrowd": "maybe"}, "iscrowd is neither 0 nor 1", False),
+        ({"iscrowd": float("nan")}, "iscrowd is neither 0 nor 1", False),
+        ({"iscrowd": -1}, "iscrowd is neither 0 nor 1", False),
+        ({"iscrowd": [0]}, "iscrowd is neither 0 nor 1", False),
+        ({"ignore": 2}, "ignore is neither 0 nor 1", False),
+        ({"category_id": "3"}, "category id is not among the file's categories", False),
+        ({"category_id": True}, "category id is not among the file's categories", False),
+        ({"category_id": [3]}, "category id is not among the file's categories", False),
+        ({"image_id": "9"}, "image id is not among the file's images", False),
+        ({"image_id": {"id": 9}}, "image id is not among the file's images", False),
+        ({"image_id": None}, "image id is not among the file's images", False),
+        ({"image_id": 10**400}, "image id is not among the file's images", False),
         ({"category_id": 4}, "category id is not among the file's categories", False),
         ({"image_id": 99}, "image id is not among the file's images", False),
     ],
@@ -264,8 +291,27 @@ def test_faulty_must_be_skip_or_refuse(tmp_path: Path) -> None:
         ("{", "is not valid JSON"),
         ("[]", "is a list, as results files are"),
         ('{"images": []}', "no list of categories"),
-        ('{"images": [{"id": 1}]}', r"images\[0\] has file_name = None; make it a string"),
-        ('{"images": [{"id": "a"}]}', r"images\[0\] has id = 'a'; make it an integer"),
+        ("null", "is None; an annotation file has images"),
+        ("7", "is 7; an annotation file has images"),
+        ("[" * 100_000, "nested too deeply"),
+        (
+            '{"images": [{"id": null}]}',
+            r"images\[0\] has id = None; make it an integer or a string",
+        ),
+        ('{"images": [{"id": true}]}', r"images\[0\] has id = True; make it"),
+        ('{"images": [{"id": [1]}]}', r"images\[0\] has id = \[1\]; make it"),
+        ('{"images": [{"id": 1.5}]}', r"images\[0\] has id = 1.5; make it"),
+        ('{"images": [{"id": NaN}]}', r"images\[0\] has id = nan; make it"),
+        ('{"images": [{"id": 1}, {"id": 1.0}]}', r"images\[1\] repeats the id 1"),
+        ('{"images": [], "categories": [{"id": 1, "name": 5}]}', r"categories\[0\] has name = 5"),
+        (
+            '{"images": [], "categories": [{"id": 1, "name": "\\ud800"}]}',
+            r"categories\[0\] has name = '\\ud800'; make it a string",
+        ),
+        (
+            '{"images": [], "categories": [], "annotations": [[]]}',
+            r"annotations\[0\] is \[\] and not an object",
+        ),
         ('{"images": [3]}', r"images\[0\] is 3 and not an object"),
         (
             '{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
@@ -315,21 +361,243 @@ def test_masks_show_the_smaller_instance_and_crowds_as_void(tmp_path: Path) -> N
     np.testing.assert_array_equal(cars[1].mask, expected)
 
 
+NO_POLYGON = "part of a polygon is not three or more points x, y of finite numbers, dropped"
+
+
+def runs(*counts: Any) -> Json:
+    return {"size": [30, 40], "counts": list(counts)}
+
+
 @pytest.mark.parametrize(
     ("segmentation", "reason"),
     [
         ([], "object has no segmentation"),
-        ([[1, 2, 3, 4]], "polygon is not a list of three or more points x, y"),
-        ([[1, 2, 3, 4, 5, 6, 7]], "polygon is not a list of three or more points x, y"),
+        (None, "object has no segmentation"),
+        (7, "object has no segmentation"),
+        ("polygon", "object has no segmentation"),
+        ([[1, 2, 3, 4]], NO_POLYGON),
+        ([[1, 2, 3, 4, 5, 6, 7]], NO_POLYGON),
+        ([[5, 5, 9, 5, 9, float("nan")]], NO_POLYGON),
+        ([[5, 5, 9, 5, 9, float("inf")]], NO_POLYGON),
+        ([[5, 5, 9, 5, 9, None]], NO_POLYGON),
+        ([5, 5, 9, 5, 9, 9][:1], NO_POLYGON),
+        ([[[5, 5], [9, 5], [9, 9]]], NO_POLYGON),
+        ([[5, 5, 1e7, 5, 9, 9]], "part of a polygon reaches far beyond the image, dropped"),
+        ([[5, 5, 9, 5, 9, -1e300]], "part of a polygon reaches far beyond the image, dropped"),
+        (
+            [[0, 0, 400, 0] * 5000],
+            "part of a polygon is longer than any outline in the image, dropped",
+        ),
+        ([[5, 5, 9, 9, 12, 12]], "part of a polygon draws nothing, dropped"),
+        ([[50, 5, 60, 5, 60, 15]], "part of a polygon draws nothing, dropped"),
+        ({}, "RLE is not of the image's size"),
         ({"size": [40, 30], "counts": [1200]}, "RLE is not of the image's size"),
+        ({"size": None, "counts": [1200]}, "RLE is not of the image's size"),
+        (runs(10, 10), "RLE ends before the image does"),
+        (runs(10, 10, 10), "RLE ends before the image does"),
+        (runs(10, 1191), "RLE is longer than the image"),
+        (runs(10, 2**70), "RLE is longer than the image"),
+        (runs(1200), "RLE draws nothing"),
+        (runs(10, -10, 1200), "RLE has no valid counts"),
+        (runs(), "RLE has no valid counts"),
+        (runs(10.0, 10, 1180), "RLE has no valid counts"),
+        (runs("10", 10, 1180), "RLE has no valid counts"),
+        (runs(True, 10, 1189), "RLE has no valid counts"),
+        (runs(None), "RLE has no valid counts"),
+        ({"size": [30, 40], "counts": None}, "RLE has no valid counts"),
+        ({"size": [30, 40], "counts": 1200}, "RLE has no valid counts"),
+        ({"size": [30, 40]}, "RLE has no valid counts"),
+        ({"size": [30, 40], "counts": ""}, "RLE has no valid counts"),
+        ({"size": [30, 40], "counts": "not a string of counts"}, "RLE has no valid counts"),
+        ({"size": [30, 40], "counts": "\u20ac"}, "RLE has no valid counts"),
+        ({"size": [30, 40], "counts": "o" * 50 + "0"}, "RLE has no valid counts"),
+        ({"size": [30, 40], "counts": "`"}, "RLE has no valid counts"),
+        ({"size": [30, 40], "counts": "::"}, "RLE ends before the image does"),
     ],
 )
-def test_faulty_segmentation(tmp_path: Path, segmentation: Any, reason: str) -> None:
+def test_faulty_segmentation_is_dropped_and_its_box_is_void(
+    tmp_path: Path, segmentation: Any, reason: str
+) -> None:
     content = tiny()
     content["annotations"][3]["segmentation"] = segmentation
-    data = CocoSegmentation(*write(tmp_path, content))
+    place = write(tmp_path, content)
+    data = CocoSegmentation(*place)
     assert [(fault.index, fault.reason) for fault in data.faults] == [(3, reason)]
-    assert not data[0].mask.any()
+    expected = np.zeros((30, 40), np.uint8)
+    expected[5:13, 5:13] = 255
+    np.testing.assert_array_equal(data[0].mask, expected)
+    masks = CocoDetection(*place, extra="masks")
+    assert [(fault.index, fault.reason) for fault in masks.faults] == [(3, reason)]
+    assert len(masks[0].boxes) == 0
+    with pytest.raises(DataError, match="entry 3: "):
+        CocoSegmentation(*place, faulty="refuse")
+
+
+def test_bad_parts_of_a_polygon_leave_the_others(tmp_path: Path) -> None:
+    content = tiny()
+    good = [["5", "5", "13", "5", "13", "13", "5", "13"]]  # text, as some converters write it
+    bad = [[1, 2, 3, 4], [1, 2, float("nan"), 4, 5, 6], [0, 0, 1e9, 0, 1e9, 1e9]]
+    content["annotations"][3]["segmentation"] = bad[:2] + good + bad[2:]
+    place = write(tmp_path, content)
+    data = CocoSegmentation(*place)
+    assert [fault.index for fault in data.faults] == [3, 3, 3]
+    expected = np.zeros((30, 40), np.uint8)
+    expected[5:13, 5:13] = 1
+    np.testing.assert_array_equal(data[0].mask, expected)
+    masks = CocoDetection(*place, extra="masks")[0].masks
+    assert masks is not None
+    np.testing.assert_array_equal(masks[0], expected)
+
+
+def test_an_object_without_outline_lies_under_the_others(tmp_path: Path) -> None:
+    content = tiny()
+    content["annotations"][1]["segmentation"] = [[1, 2]]
+    mask = CocoSegmentation(*write(tmp_path, content))[1].mask
+    expected = np.zeros((30, 40), np.uint8)
+    expected[:20, :20] = 255
+    expected[2:7, 1:11] = 2
+    expected[20:, 30:] = 255
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_missing_last_run_of_background_is_added(tmp_path: Path, compressed: bool) -> None:
+    counts = [5 * 30 + 5, *[8, 22] * 7, 8]
+    segmentation: Json = runs(*counts)
+    if compressed:
+        segmentation = dict(rle.frPyObjects({"size": [30, 40], "counts": counts}, 30, 40))
+        segmentation["counts"] = segmentation["counts"].decode()
+    content = tiny()
+    content["annotations"][3]["segmentation"] = segmentation
+    place = write(tmp_path, content)
+    data = CocoSegmentation(*place)
+    assert data.faults == []
+    expected = np.zeros((30, 40), np.uint8)
+    expected[5:13, 5:13] = 1
+    np.testing.assert_array_equal(data[0].mask, expected)
+    # the box tells such a file from one that has lost runs
+    content["annotations"][3]["segmentation"] = runs(*counts[:6])
+    assert len(CocoSegmentation(*write(tmp_path, content)).faults) == 1
+
+
+def test_compressed_runs_are_those_of_pycocotools() -> None:
+    random = np.random.default_rng(0)
+    for size in (3, 30, 300):
+        for share in (0.01, 0.5, 0.99):
+            mask = np.asfortranarray(random.random((size, size + 1)) < share, np.uint8)
+            mask[0, 0] = size == 3
+            flat = mask.ravel(order="F")
+            changes = np.flatnonzero(np.diff(flat, prepend=0, append=2))
+            expected = np.diff(changes, prepend=0).tolist()
+            assert coco._decompress(rle.encode(mask)["counts"]) == expected
+
+
+@pytest.mark.parametrize("value", ["0", 0.0, False, None, "false", ""])
+@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+def test_flags_as_text_or_null_are_read(tmp_path: Path, key: str, value: Any) -> None:
+    content = tiny()
+    content["annotations"][3][key] = value
+    place = write(tmp_path, content)
+    assert CocoDetection(*place)[0].ignored.tolist() == [False]
+    assert CocoSegmentation(*place)[0].mask[6, 6] == 1
+    content["annotations"][3][key] = "1"
+    place = write(tmp_path, content)
+    assert CocoDetection(*place)[0].ignored.tolist() == [True]
+    assert CocoSegmentation(*place)[0].mask[6, 6] == 255
+
+
+def test_numbers_as_text_and_ids_as_text_are_read(tmp_path: Path) -> None:
+    content = tiny()
+    expected = CocoDetection(*write(tmp_path, content)).ground_truth()
+    for image in content["images"]:
+        image |= {"id": str(image["id"]), "width": "40", "height": "30.0"}
+    for annotation in content["annotations"]:
+        annotation["image_id"] = str(annotation["image_id"])
+        annotation["category_id"] = float(annotation["category_id"])
+        annotation["bbox"] = [str(value) for value in annotation["bbox"]]
+        annotation["area"] = str(annotation["area"])
+    data = CocoDetection(*write(tmp_path, content), faulty="refuse")
+    truth = data.ground_truth()
+    assert [image["id"] for image in truth["images"]] == ["11", "7", "9", "4"]
+    for mine, other in zip(truth["annotations"], expected["annotations"], strict=True):
+        assert mine == {**other, "image_id": str(other["image_id"])}
+    results = [{**a, "score": "0.5"} for a in truth["annotations"]]
+    assert coco_metrics(truth, results)["AP"] == pytest.approx(1)
+
+
+def test_paths_may_be_text(tmp_path: Path) -> None:
+    file, images = map(str, write(tmp_path, tiny()))
+    assert CocoDetection(file, images).names == CocoSegmentation(file, images).names
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_annotations_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    file, images = write(tmp_path, tiny())
+    file.write_text(json.dumps(tiny(), ensure_ascii=False), encoding=encoding)
+    assert len(CocoDetection(file, images)) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../9.png", "/etc/passwd", "a/../../9.png", "..\\9.png", "C:\\9.png", "\\\\host\\9.png",
+     "", ".", "9.png\0", "\ud800.png", None, 9, ["9.png"]],
+)  # fmt: skip
+@pytest.mark.parametrize("reader", [CocoDetection, CocoSegmentation])
+def test_names_that_lead_outside_are_faults(tmp_path: Path, reader: Any, name: Any) -> None:
+    content = tiny()
+    file, images = write(tmp_path, content)
+    Image.new("RGB", (40, 30)).save(tmp_path / "9.png")
+    content["images"][2]["file_name"] = name
+    file.write_text(json.dumps(content))
+    data = reader(file, images)
+    (fault,) = data.faults
+    reason = "file_name is not a path inside of the folder of the images"
+    assert (fault.file, fault.index, fault.reason) == (file, 2, reason)
+    str(fault).encode()
+    assert data.names == ["11.png", "7.png", "4.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["part\\9.png", "./part/9.png", "images/part/9.png", "root/images/part/9.png"]
+)
+def test_names_of_other_systems_and_with_the_folder_in_front(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    content = tiny()
+    file, images = write(root, content)
+    (images / "part").mkdir()
+    (images / "9.png").rename(images / "part" / "9.png")
+    content["images"][2]["file_name"] = name
+    file.write_text(json.dumps(content))
+    data = CocoDetection(file, images, faulty="refuse")
+    assert data.images[2].path == images / "part" / "9.png"
+    assert not {"..", ".", "\\"} & set(data.names[2].split("/"))
+
+
+@pytest.mark.parametrize(
+    "stated", [{"width": 0}, {"width": "wide"}, {"height": None}, {"height": True}]
+)
+def test_image_entries_without_a_size(tmp_path: Path, stated: Json) -> None:
+    content = tiny()
+    content["images"][2] |= stated
+    data = CocoDetection(*write(tmp_path, content))
+    (fault,) = data.faults
+    assert (fault.index, fault.reason) == (
+        2,
+        "width and height of the image are not positive numbers",
+    )
+    del content["images"][2]["width"], content["images"][2]["height"]
+    data = CocoDetection(*write(tmp_path, content), faulty="refuse")
+    assert (data.images[2].width, data.images[2].height) == (40, 30)
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", "", "/etc", "a\0b", "\ud800"])
+def test_odd_names_of_splits(tmp_path: Path, name: str) -> None:
+    (tmp_path / "root" / "annotations").mkdir(parents=True)
+    (tmp_path / "root" / "annotations" / "instances_...json").touch()
+    with pytest.raises(DataError, match="splits found: none"):
+        find_coco(tmp_path / "root", name)
+    assert coco_splits(tmp_path / "root") == []
 
 
 def test_find_coco_knows_the_usual_layouts(tmp_path: Path) -> None:
@@ -415,8 +683,8 @@ def by_pycocotools(truth: Json, results: list[Json], folder: Path) -> COCOeval:
     """The official way: files on disk, no code of ours."""
     (folder / "truth.json").write_text(json.dumps(truth))
     (folder / "results.json").write_text(json.dumps(results))
-    coco = COCO(str(folder / "truth.json"))
-    evaluation = COCOeval(coco, coco.loadRes(str(folder / "results.json")), "bbox")
+    official = COCO(str(folder / "truth.json"))
+    evaluation = COCOeval(official, official.loadRes(str(folder / "results.json")), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -512,16 +780,16 @@ def test_real_data(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_real_masks(data_root: Path) -> None:
     file, images = real(data_root)
     data = CocoSegmentation(file, images, faulty="refuse")
-    coco = COCO(str(file))
-    label = {category: index for index, category in enumerate(sorted(coco.cats), start=1)}
+    official = COCO(str(file))
+    label = {category: index for index, category in enumerate(sorted(official.cats), start=1)}
     for index in range(0, len(data), 4):
         sample = data[index]
         height, width = sample.mask.shape
         # per pixel the smallest instance that covers it; a crowd counts as larger than any
         smallest = np.full((height, width), np.inf)
         expected = np.zeros((height, width), np.uint8)
-        for annotation in coco.imgToAnns[sample.image_id]:
-            covered = coco.annToMask(annotation).astype(bool)
+        for annotation in official.imgToAnns[sample.image_id]:
+            covered = official.annToMask(annotation).astype(bool)
             size = 1e12 if annotation["iscrowd"] else covered.sum()
             wins = covered & (size < smallest)
             smallest[wins] = size
@@ -572,6 +840,169 @@ def test_ground_truth_without_boxes_is_refused_and_areas_may_be_absent() -> None
         coco_metrics(truth, results)
 
 
+@pytest.mark.parametrize("max_dets", [11, 30, 100, 300])
+def test_more_or_fewer_detections_equal_pycocotools(max_dets: int) -> None:
+    truth, results = crowded(0)
+    metrics = coco_metrics(truth, results, max_dets=max_dets)
+    official = COCO()
+    official.dataset = copy.deepcopy(truth)
+    official.createIndex()
+    evaluation = COCOeval(official, official.loadRes(copy.deepcopy(results)), "bbox")
+    evaluation.params.maxDets = [1, 10, max_dets]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    precision = evaluation.eval["precision"][..., 0, 2]
+    names = [*NUMBERS[:8], f"AR{max_dets}", *NUMBERS[9:]]
+    expected = dict(zip(names, evaluation.stats.tolist(), strict=True))
+    expected["AP"] = precision[precision > -1].mean()  # pycocotools takes it at 100 or not at all
+    assert {name: metrics[name] for name in expected} == expected
+    places = Counter((r["image_id"], r["category_id"]) for r in results)
+    cut = sum(max(0, number - max_dets) for number in places.values())
+    assert any(f"{cut} predictions were left out" in note for note in metrics["notes"]) == (cut > 0)
+
+
+def crowded(seed: int) -> tuple[Json, list[Json]]:
+    """Objects and predictions that overlap in many ways, with equal scores and crowds."""
+    random = np.random.default_rng(seed)
+    truth: Json = {
+        "images": [{"id": image} for image in (3, 1, 2)],
+        "categories": [{"id": category, "name": str(category)} for category in (2, 1)],
+        "annotations": [],
+    }
+    results = []
+    for number in range(1, 91):
+        box = [*random.uniform(0, 300, 2), *random.uniform(10, 150, 2)]
+        place = {"image_id": int(random.integers(1, 4)), "category_id": int(random.integers(1, 3))}
+        area, crowd = box[2] * box[3], int(random.random() < 0.1)
+        truth["annotations"].append(
+            {"id": number, **place, "bbox": box, "area": area, "iscrowd": crowd}
+        )
+        for score in random.random(12):
+            near = (np.array(box) * random.normal(1, 0.1, 4)).tolist()
+            results.append({**place, "bbox": near, "score": round(float(score), 1)})
+    return truth, results
+
+
+@pytest.mark.parametrize("max_dets", [0, 9, 10.5, True, None, "100"])
+def test_max_dets_must_be_an_integer_from_10_up(max_dets: Any) -> None:
+    with pytest.raises(DataError, match="take an integer from 10 up"):
+        coco_metrics(tiny(), [], max_dets=max_dets)
+
+
+def perfect_results(truth: Json) -> list[Json]:
+    keys = ("image_id", "category_id", "bbox")
+    return [{key: a[key] for key in keys} | {"score": 1.0} for a in truth["annotations"]]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("annotations", {"image_id": [7]}, r"annotations\[1\] has image_id = \[7\]; make it"),
+        ("annotations", {"image_id": None}, r"annotations\[1\] has image_id = None; make it"),
+        ("annotations", {"category_id": {}}, r"annotations\[1\] has category_id = {}; make it"),
+        ("annotations", {"category_id": True}, r"annotations\[1\] has category_id = True; make"),
+        ("annotations", {"bbox": None}, r"annotations\[1\] has the bbox None"),
+        ("annotations", {"bbox": [0, 0, 5, float("nan")]}, r"annotations\[1\] has the bbox"),
+        ("annotations", {"bbox": [0, 0, 5, 10**400]}, r"annotations\[1\] has the bbox"),
+        ("annotations", {"bbox": [0, 0, 5, 10**5000]}, r"annotations\[1\] has the bbox"),
+        ("annotations", {"iscrowd": "maybe"}, r"annotations\[1\] has iscrowd = 'maybe'; make"),
+        ("annotations", {"iscrowd": float("nan")}, r"annotations\[1\] has iscrowd = nan; make"),
+        ("annotations", {"ignore": [1]}, r"annotations\[1\] has ignore = \[1\]; make it 0 or 1"),
+        ("annotations", {"difficult": -1}, r"annotations\[1\] has difficult = -1; make it"),
+        ("images", {"id": None}, r"images\[1\] has id = None; make it"),
+        ("images", {"id": 11}, r"images\[1\] repeats the id 11"),
+        ("categories", {"id": [3]}, r"categories\[1\] has id = \[3\]; make it"),
+        ("categories", {"name": None}, r"categories\[1\] has name = None; make it a string"),
+    ],
+)
+def test_faulty_ground_truth_is_named(section: str, change: Json, message: str) -> None:
+    truth = tiny()
+    truth[section][1] |= change
+    with pytest.raises(DataError, match=f"ground truth: {message}"):
+        coco_metrics(truth, perfect_results(tiny()))
+
+
+@pytest.mark.parametrize("truth", [None, [], 7, "truth", {}, {"images": 3}])
+def test_what_is_no_ground_truth_or_no_results(truth: Any) -> None:
+    with pytest.raises(DataError, match="ground truth: "):
+        coco_metrics(truth, [])
+    with pytest.raises(DataError, match="results: "):
+        coco_metrics(tiny(), truth if truth != [] else [truth])
+
+
+@pytest.mark.parametrize("area", [None, "big", float("nan"), -1, [1], True])
+def test_an_area_that_is_none_is_that_of_the_box(tmp_path: Path, area: Any) -> None:
+    truth = tiny()
+    expected = coco_metrics(truth, perfect_results(truth))
+    truth["annotations"][1]["area"] = area
+    metrics = coco_metrics(truth, perfect_results(truth))
+    notes = metrics.pop("notes")
+    assert any("annotations[1]" in note for note in notes) == (area is not None)
+    assert metrics == {key: expected[key] for key in metrics}
+    data = CocoDetection(*write(tmp_path, truth))
+    assert data.ground_truth()["annotations"][2]["area"] == 400
+    assert len(data.faults) == (area is not None)
+
+
+@pytest.mark.parametrize("key", ["ignore", "difficult"])
+def test_ignored_objects_count_neither_as_found_nor_as_missed(key: str) -> None:
+    truth = tiny()
+    truth["annotations"][1][key] = "1"
+    results = perfect_results(truth)
+    assert coco_metrics(truth, results)["AP"] == pytest.approx(1)
+    assert coco_metrics(truth, results[:1] + results[2:])["AP"] == pytest.approx(1)
+
+
+def test_the_metric_takes_crowds_written_as_text() -> None:
+    truth = tiny()
+    expected = coco_metrics(truth, perfect_results(truth))
+    for annotation in truth["annotations"]:
+        annotation["iscrowd"] = str(annotation["iscrowd"])
+        annotation["area"] = str(annotation["area"])
+        annotation["bbox"] = [str(value) for value in annotation["bbox"]]
+    assert coco_metrics(truth, perfect_results(truth)) == expected
+
+
+def test_what_vanishes_is_noted() -> None:
+    truth = tiny()
+    results = perfect_results(truth)
+    stray = [{**truth["annotations"][0], "image_id": 8}, {**truth["annotations"][0]}]
+    stray[1]["category_id"] = "90"
+    metrics = coco_metrics({**truth, "annotations": truth["annotations"] + stray}, results)
+    assert metrics["AP"] == pytest.approx(1)
+    objects = "1 objects of the ground truth were left out: their "
+    assert any(note.startswith(objects + "image_id (8)") for note in metrics["notes"])
+    assert any(
+        note.startswith(objects + "category_id ('90')") and "integers, not text" in note
+        for note in metrics["notes"]
+    )
+    for result in results:
+        result["image_id"] = str(result["image_id"])
+    (note, _) = coco_metrics(truth, results)["notes"][:2]
+    assert "image_id ('7', '11', '9')" in note
+    assert "whose ids are integers, not text" in note
+
+
+def test_ground_truth_needs_no_sizes_and_no_names() -> None:
+    truth = tiny()
+    truth["images"] = [{"id": image["id"]} for image in truth["images"]]
+    assert coco_metrics(truth, perfect_results(truth))["AP"] == pytest.approx(1)
+
+
+def test_only_pairs_that_overlap_cost_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 classes in 300 images, an image has one or two: nothing is done for the others."""
+    calls = []
+    compare = coco._compare
+    monkeypatch.setattr(coco, "_compare", lambda *a: calls.append(1) or compare(*a))
+    truth = tiny()
+    truth["images"] = [{"id": image} for image in range(300)]
+    truth["categories"] = [{"id": category, "name": str(category)} for category in range(80)]
+    truth["annotations"] = [entry(i, i % 80, [1, 1, 9, 9]) for i in range(300)]
+    assert coco_metrics(truth, perfect_results(truth))["AP"] == pytest.approx(1)
+    assert len(calls) == 300
+
+
 def test_object_with_id_zero_can_be_found() -> None:
     truth = tiny()
     for index, annotation in enumerate(truth["annotations"]):
@@ -608,6 +1039,18 @@ def test_results_file(tmp_path: Path) -> None:
         (json.dumps([{**good, "bbox": [0, 1, 2]}]), r"entry 0 has the bbox \[0, 1, 2\]"),
         (json.dumps([{**good, "score": float("nan")}]), "the score nan"),
         (json.dumps([{**good, "score": "high"}]), "the score 'high'"),
+        (json.dumps([{**good, "score": None}]), "the score None"),
+        (json.dumps([{**good, "score": True}]), "the score True"),
+        (
+            json.dumps([{**good, "bbox": [0, 1, 2, None]}]),
+            r"entry 0 has the bbox \[0, 1, 2, None\]",
+        ),
+        (json.dumps([{**good, "bbox": "0 1 2 3"}]), "entry 0 has the bbox '0 1 2 3'"),
+        (json.dumps([good, {**good, "image_id": [1]}]), r"entry 1 has image_id = \[1\]; make it"),
+        (json.dumps([good, {**good, "category_id": None}]), "entry 1 has category_id = None; make"),
+        (json.dumps([{**good, "image_id": True}]), "entry 0 has image_id = True; make it"),
+        ("null", "is no list"),
+        ("[" * 100_000, "nested too deeply"),
     ):
         file.write_text(content)
         with pytest.raises(DataError, match=rf"results\.json: .*{message}"):
@@ -684,9 +1127,9 @@ def test_objects_without_what_is_to_be_learned_are_faults(tmp_path: Path) -> Non
     assert [fault.reason for fault in masks.faults] == ["object has no segmentation"]
     assert len(masks[1].boxes) == 2
     points = CocoDetection(*write(tmp_path, content), extra="keypoints")
-    assert [fault.reason for fault in points.faults] == [
+    assert sorted(fault.reason for fault in points.faults) == [
+        "keypoints are not finite numbers x, y, v of each",
         "object has no keypoints",
-        "keypoints are not numbers x, y, v of each",
     ]
     with pytest.raises(DataError, match="there is no object with keypoints"):
         CocoDetection(*write(tmp_path, tiny()), extra="keypoints")
@@ -705,3 +1148,115 @@ def test_keypoints_have_files_of_their_own(tmp_path: Path) -> None:
     assert find_coco(tmp_path, "val", "keypoints")[0].name == "person_keypoints_val.json"
     assert coco_splits(tmp_path) == ["val"]
     assert coco_splits(tmp_path, "keypoints") == ["train", "val"]
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 100)
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=True, allow_infinity=True)
+    | st.text(max_size=5)
+    | st.sampled_from(["0", "1", "7", "3.0", "1e9", "../7.png", "images/7.png", "nan", "\ud800"])
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=12,
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container and key below a JSON value."""
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    found = []
+    for key in keys:
+        found += [(value, key), *places(value[key])]
+    return found
+
+
+@st.composite
+def mutated(draw: st.DrawFn, whole: Callable[[], Any]) -> Any:
+    """A valid content in which one to three things have been replaced, dropped or doubled."""
+    content = whole()
+    for _ in range(draw(st.integers(1, 3))):
+        container, key = draw(st.sampled_from(places(content)))
+        action = draw(st.sampled_from(["replace", "drop", "double"]))
+        if action == "replace":
+            container[key] = draw(ANYTHING)
+        elif action == "drop":
+            del container[key]
+        elif isinstance(container, list):
+            container.insert(key, copy.deepcopy(container[key]))
+        if not places(content):
+            break
+    return content
+
+
+FUZZ = settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("fuzz")
+    return write(root, tiny())
+
+
+@FUZZ
+@given(mutated(pointed), st.data())
+def test_a_mutated_file_is_refused_or_gives_valid_samples(
+    pictures: tuple[Path, Path], content: Any, data: st.DataObject
+) -> None:
+    file, images = pictures
+    text = json.dumps(content)
+    if data.draw(st.integers(0, 9)) == 0:
+        text = text[: data.draw(st.integers(0, len(text)))]
+    file.write_text(text)
+    for extra in (None, "masks", "keypoints"):
+        with contextlib.suppress(DataError):
+            detection = CocoDetection(file, images, extra=extra)  # type: ignore[arg-type]
+            report_faults(detection.faults).encode()  # it can be printed
+            for sample in detection:
+                height, width = sample.image.shape[:2]
+                assert (sample.boxes >= 0).all()
+                assert (sample.boxes <= [width, height, width, height]).all()
+                assert (sample.boxes[:, :2] < sample.boxes[:, 2:]).all()
+                assert ((sample.labels >= 0) & (sample.labels < len(detection.classes))).all()
+                if sample.masks is not None:
+                    assert sample.masks.shape == (len(sample.boxes), height, width)
+                    assert sample.masks.max(initial=0) <= 1
+                if sample.keypoints is not None:
+                    assert np.isfinite(sample.keypoints).all()
+            json.dumps(coco_metrics(detection.ground_truth(), []), allow_nan=False)
+    with contextlib.suppress(DataError):
+        segmentation = CocoSegmentation(file, images)
+        for mask in (sample.mask for sample in segmentation):
+            assert mask.shape == (30, 40)
+            assert ((mask < len(segmentation.classes)) | (mask == 255)).all()
+
+
+def judged() -> Json:
+    return {"truth": tiny(), "results": perfect_results(tiny())}
+
+
+@FUZZ
+@given(mutated(judged))
+@example({"truth": None, "results": None})
+def test_a_mutated_truth_or_result_is_refused_or_judged(tmp_path: Path, content: Any) -> None:
+    truth, results = content.get("truth"), content.get("results")
+    with contextlib.suppress(DataError):
+        json.dumps(coco_metrics(truth, results), allow_nan=False)
+    file = tmp_path / "content.json"
+    with contextlib.suppress(DataError):
+        file.write_text(json.dumps(results))
+        loaded = load_results(file)
+        file.write_text(json.dumps(truth))
+        json.dumps(coco_metrics(load_annotations(file), loaded), allow_nan=False)

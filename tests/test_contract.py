@@ -513,7 +513,7 @@ def test_labels_out_of_range_are_named(name: str, kind: str) -> None:
     y.view(-1)[3] = 200
     for options in ({}, {"ignore_index": 255}):
         for labels in (y, y.byte()):
-            with pytest.raises(ValueError, match=r"target holds 200, .*\[-?\d, 2\]"):
+            with pytest.raises(ValueError, match="is label 200, but there are 3 classes, 0 to 2"):
                 make(name, kind, **options)(x, labels)
     make(name, kind, ignore_index=200)(x, y)
 

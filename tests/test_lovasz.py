@@ -151,13 +151,10 @@ def test_rounded_targets() -> None:
     )
 
 
-def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors() -> None:
     x, y = sample("multiclass")
     y[..., 0] = 0
-    with pytest.raises(ValueError, match="target holds 7,"):
+    with pytest.raises(ValueError, match="is label 7,"):
         lovasz_loss(x, y + 7)
     with pytest.raises(ValueError, match="absent must be one of"):
         lovasz_loss(x, y, absent="no")
-    monkeypatch.setattr("detseg_losses.lovasz.processes", lambda sync: 2)
-    with pytest.raises(ValueError, match="pass per_image=True"):
-        lovasz_loss(x, y, sync=True)

@@ -292,7 +292,7 @@ def test_the_sampled_anchors_alone_count_in_the_rpn(images, targets):
     truths = [torch.tensor([[1.0, 1, 9, 9]]).repeat(6, 1)]
     labels = torch.tensor([1.0, 1, 0, 0, -1, -1])
     rpn.assign_targets_to_anchors(anchors, [{"boxes": truths[0][:1]}])
-    rpn._matched = torch.cat(anchors), torch.cat(truths)
+    rpn._matched = torch.cat(anchors), torch.cat(truths), True
     rpn.fg_bg_sampler = lambda labels: ([torch.tensor([1, 0, 0, 0, 0, 0])], [(labels[0] == 0) * 1])
     logits = torch.randn(6, 1, requires_grad=True)
     deltas = torch.randn(6, 4, requires_grad=True)
@@ -356,10 +356,10 @@ def test_a_role_without_a_term_stays_and_says_so():
         ("rpn: giou+bce; rio: giou+ce", "column 16: FasterRCNN has no stage 'rio'; .*'roi'"),
         ("mask: bce", "column 1: FasterRCNN has no stage 'mask'; there are roi, rpn"),
         ("rpn: giou+bce; rpn: giou", "column 16: stage 'rpn' is given twice"),
-        ("rpn: giou+bce; giou+ce", "column 16: expected a stage, as in 'rpn: giou.ce'"),
-        ("rpn: ", "is not a loss string"),
+        ("rpn: giou+bce; giou+ce", "column 16: expected a stage, as in 'roi: giou.ce'"),
+        ("rpn: ", "is empty; write for example 'giou . focal'"),
         ("rpn: giou+focl", "column 6.*did you mean 'focal'"),
-        ("giou+ce", "stage 'rpn' of FasterRCNN has no use for 'ce', it has for .*bce"),
+        ("giou+ce", "stage 'rpn' of FasterRCNN has no use for 'ce'; .* write 'bce'"),
         ("roi: giou+dice", "stage 'roi' of FasterRCNN.*'dice', it has for ce"),
         ("rpn: giou+bce(reduction='sum')", "itself decides 'reduction'"),
         ("rpn: giou+bce(class_weights=[1, 2])", "2 class_weights, and the model 1 classes"),
@@ -391,9 +391,11 @@ def test_an_unsuitable_loss_of_masks(spec, message):
 
 def test_the_parts_of_a_string():
     stages = ("rpn", "roi")
-    assert read_stages("giou+focal(gamma=2)", stages, "it") == {}
-    parts = read_stages(" roi :ce ;\n rpn: 2*giou + bce;\n", stages, "it")
+    parts = read_stages("giou+focal(gamma=2)", stages, "it", stages)
+    assert parts == dict.fromkeys(stages, "giou+focal(gamma=2)")
+    parts = read_stages(" roi :ce ;\n rpn: 2*giou + bce;\n", stages, "it", stages)
     assert parts == {"roi": "ce", "rpn": "2*giou + bce"}
+    assert read_stages("giou; rpn: ce", stages, "it", ["roi"]) == {"roi": "giou", "rpn": "ce"}
 
 
 def test_heads_of_ones_own_are_refused():
@@ -542,14 +544,14 @@ def test_meta_device_finds_no_wait_for_the_device():
         anchors, truths = [torch.rand(50, 4)] * 2, [torch.rand(50, 4)] * 2
         logits = torch.randn(100, 1, requires_grad=True)
         deltas = torch.randn(100, 4, requires_grad=True)
-        model.rpn._matched = torch.cat(anchors), torch.cat(truths)
+        model.rpn._matched = torch.cat(anchors), torch.cat(truths), True
         labels = [torch.zeros(50)] * 2
         sum(model.rpn.compute_loss(logits, deltas, labels, truths)).backward()
         classes = [torch.zeros(50, dtype=torch.long)] * 2
         scores = torch.randn(100, CLASSES, requires_grad=True)
         offsets = torch.randn(100, 4 * CLASSES, requires_grad=True)
         losses = model.roi_heads._roi_losses(scores, offsets, anchors, classes, truths)
-        sum(losses.values()).backward()
+        sum(value for terms in losses.values() for value in terms.values()).backward()
     assert deltas.grad.shape == (100, 4)
     assert offsets.grad.shape == (100, 4 * CLASSES)
 

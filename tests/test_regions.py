@@ -293,6 +293,48 @@ def test_mcc_of_large_images() -> None:
             assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("classes", [1, 2, 3, 6])
+@pytest.mark.parametrize("name", [*LOSSES, "generalised_dice"])
+def test_a_class_that_covers_nearly_everything_keeps_its_digits(name: str, classes: int) -> None:
+    """And so does the class of the few pixels that are empty, in value and gradient."""
+    places = 1 << 20
+    loss, options, _ = LOSSES.get(name, (generalised_dice_loss, {}, None))
+    x = torch.randn(1, classes, places, generator=torch.Generator().manual_seed(0))
+    x[:, 0] += 4
+    y = torch.zeros(1, places, dtype=torch.long)
+    y[0, :5] = 1
+    y = 1 - y if classes == 1 else y
+    value, grad = value_and_grad(loss, x, y, **options)
+    expected, slope = value_and_grad(loss, x.double(), y, **options)
+    # sums of squares have no other form than with a difference
+    torch.testing.assert_close(
+        value.double(), expected, rtol=1e-3 if "squared" in name else 1e-6, atol=0
+    )
+    for few in (slice(5), slice(5, None)):
+        error = (grad[..., few] - slope[..., few]).norm() / slope[..., few].norm()
+        assert error < 1e-4
+
+
+def test_mcc_of_a_volume_with_five_empty_pixels() -> None:
+    """2^24 pixels, beyond which float32 does not count by ones."""
+    places = 1 << 24
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, places, generator=generator).add_(2)
+    y = torch.ones(1, places, dtype=torch.uint8)
+    y[0, :5] = 0
+    value, grad = value_and_grad(mcc_loss, x, y)
+    p = x[0, 0].double().sigmoid()
+    tp, fp = p[5:].sum(), p[:5].sum()
+    fn, tn = places - 5 - tp, 5 - fp
+    expected = 1 - (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)).sqrt()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    few = x[..., :5].double().requires_grad_()
+    fp = few.sigmoid().sum()
+    tn = 5 - fp
+    (1 - (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * 5 * (tn + fn)).sqrt()).backward()
+    torch.testing.assert_close(grad[..., :5].double(), few.grad, rtol=1e-4, atol=0)
+
+
 def test_alpha_is_of_false_positives() -> None:
     """By hand: tp = 4, fp = 12, fn = 0 (all predicted, a quarter true) and the reverse."""
     y = torch.tensor([[1] * 4 + [0] * 12])
@@ -423,11 +465,11 @@ def test_errors() -> None:
         dice_loss(x, y, mode="multilabel")
     with pytest.raises(ValueError, match="pixel_weight requires grad"):
         dice_loss(x, y, pixel_weight=torch.ones(2, 4, requires_grad=True))
-    with pytest.raises(ValueError, match="beta must be positive: 0"):
+    with pytest.raises(ValueError, match="beta must be positive and finite: 0"):
         f1_loss(x, y, beta=0)
-    with pytest.raises(ValueError, match="smooth must be positive: 0"):
+    with pytest.raises(ValueError, match="smooth must be positive and finite: 0"):
         mcc_loss(x, y, smooth=0)
-    with pytest.raises(ValueError, match="target holds 7,"):
+    with pytest.raises(ValueError, match="is label 7,"):
         dice_loss(x, y + 7)
 
 

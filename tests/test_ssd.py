@@ -266,7 +266,7 @@ def test_a_role_without_a_term_stays_and_says_so(spec, kept, images, targets):
     [
         ("giou+dice", "no use for 'dice', it has for ce, ohem, poly"),
         ("giou+varifocal", "exclude each other: it has no use for 'varifocal'"),
-        ("ce+dfl", "SSD has no use for 'dfl', it has for ce"),
+        ("ce+dfl", "SSD has no use for 'dfl', it has for losses such as ce"),
         ("giou+focal(alpha=0.25)", "'alpha' has no meaning or another; write 'softmax_focal'"),
         ("giou+bce(pos_weight=2)", "'pos_weight' has no meaning or another; write 'ce'"),
         ("giou+ce(reduction='mean')", "itself decides 'reduction'"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -147,6 +149,86 @@ def test_saved_masks_have_the_miou_of_the_run(
     miou = np.mean([o / u for o, u in zip(overlap, union, strict=True) if u])
     metrics = json.loads((segmenter_run / "metrics.json").read_text())
     assert metrics["mIoU"] == pytest.approx(miou, abs=1e-12)
+
+
+def with_images(data: Path, place: Path, entries: dict[str, str]) -> Path:
+    """A copy of ``data`` whose validation images have other names: by name, the file they are."""
+    root = place / "copy"
+    shutil.copytree(data, root)
+    file = root / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    content["images"] = [
+        {**content["images"][number], "file_name": name} for number, name in enumerate(entries)
+    ]
+    known = [image["id"] for image in content["images"]]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in known]
+    file.write_text(json.dumps(content))
+    for name, source in entries.items():
+        if not (root / "val" / name).exists():
+            Image.open(data / "val" / source).save(root / "val" / name)
+    return root
+
+
+def test_images_of_one_stem_have_masks_of_their_own(
+    segmenter_run: Path, data: Path, tmp_path: Path
+) -> None:
+    entries = {"1.png": "000001.png", "1.bmp": "000002.png", "a.bmp": "000003.png"}
+    root = with_images(data, tmp_path, entries)
+    checkpoint = f"--checkpoint={segmenter_run / 'best.ckpt'}"
+    masks = tmp_path / "masks"
+    run("eval_seg", checkpoint, f"--save_masks={masks}", f"--data.root={root}")
+    assert {f.name for f in masks.iterdir()} == {"1.png.png", "1.bmp.png", "a.png"}
+    plain = tmp_path / "plain"
+    run("eval_seg", checkpoint, f"--save_masks={plain}", f"--data.root={data}")
+    for new, old in (("1.png.png", "000001.png"), ("1.bmp.png", "000002.png")):
+        assert (masks / new).read_bytes() == (plain / old).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../../photo.png", "{place}/photo.png", "../val/../../photo.png"])
+def test_no_mask_replaces_a_file_that_a_name_points_to(
+    name: str, segmenter_run: Path, data: Path, tmp_path: Path
+) -> None:
+    photo = tmp_path / "photo.png"
+    shutil.copy(data / "val/000001.png", photo)
+    before = photo.read_bytes()
+    root = with_images(data, tmp_path, {name.format(place=tmp_path): "", "000002.png": ""})
+    there = sorted(tmp_path.rglob("*"))
+    options = [f"--data.root={root}", f"--save_masks={tmp_path / 'a/b/masks'}"]
+    with contextlib.suppress(SystemExit):  # refused, or evaluated without that image
+        run("eval_seg", f"--checkpoint={segmenter_run / 'best.ckpt'}", *options)
+    assert photo.read_bytes() == before
+    masks = {tmp_path / "a", *(tmp_path / "a").rglob("*")}
+    assert set(tmp_path.rglob("*")) - masks == set(there)
+    assert {f.name for f in masks if f.is_file()} <= {"000002.png"}
+
+
+def test_damaged_images_are_listed_and_do_not_count(
+    detector_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    file = root / "val/000001.png"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 60] = bytes(60)
+    file.write_bytes(content)
+    options = [f"--checkpoint={detector_run / 'best.ckpt'}", f"--data.root={root}"]
+    run("eval_det", *options, f"--output={tmp_path / 'out'}")
+    assert "1 faults: 1 x image or mask cannot be used" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert any("1 images were skipped" in note for note in metrics["notes"])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert 1 not in {result["image_id"] for result in results}
+
+
+def test_training_says_what_it_trains_on_what(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train_seg", *small, "--data.subset=4", f"--output={tmp_path / 'run'}")
+    said = capsys.readouterr().out
+    assert "model: unet with encoder resnet18, weights none, 64 x 64 px; this is the model" in said
+    assert "--config configs/seg/coco.yaml" in said
+    assert "train: pixels in 4 of 4 masks: background " in said
+    assert "val: pixels in 4 of 4 masks: " in said
 
 
 def test_stored_configuration_starts_the_same_run(

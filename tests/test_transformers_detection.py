@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import pickle
+import re
+import warnings
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import ops
 
 from detseg_losses import SpecError
-from detseg_losses.integrations import restore_losses, use_losses
+from detseg_losses.integrations import check_losses, restore_losses, use_losses
 from processes import run_in_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stays as it is")
@@ -483,3 +485,36 @@ def _collate(samples):
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "labels": [sample["labels"] for sample in samples],
     }
+
+
+@pytest.mark.parametrize("kind", ["Detr", "DeformableDetr", "RTDetr", "DFine"])
+@pytest.mark.parametrize("label", [CLASSES, 1000, -1])
+def test_labels_out_of_range_are_named(kind, label, images, labels):
+    """Also the one that is "no object" to a softmax."""
+    model = use_losses(small_model(kind), STOCK[kind])
+    labels[0]["class_labels"] = torch.full_like(labels[0]["class_labels"], label)
+    with pytest.raises(ValueError, match=f"image 0: label {label}, but num_labels=4 allows 0..3"):
+        model(pixel_values=images, labels=labels)
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_another_scale_is_said_once(kind, images, labels):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?!.*stays as it is)")
+        model = use_losses(small_model(kind), STOCK[kind])
+        model(pixel_values=images, labels=labels)
+    use_losses(model, "100*l1 + 0.02*giou")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(pixel_values=images, labels=labels)
+    bbox, giou = (str(each.message) for each in caught)
+    assert re.search(r"loss_bbox is 20 times .* write '5\*l1'", bbox)
+    assert re.search(r"loss_giou is 0.01 times .* write '2\*giou'", giou)
+
+
+@pytest.mark.parametrize("spec", ["giou+dfl", "giou+dice"])
+def test_a_string_is_judged_by_the_class_alone(spec):
+    check_losses(transformers.DetrForObjectDetection, "ce + l1")
+    with pytest.raises(SpecError, match="has no use for"):
+        check_losses(transformers.RTDetrForObjectDetection, spec)

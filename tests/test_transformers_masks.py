@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -294,3 +295,30 @@ def test_a_trainer_trains(batch, tmp_path):
 def _collate(samples):
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     return batch | {"pixel_values": torch.stack(batch["pixel_values"])}
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_masks_of_255_and_labels_out_of_range_are_refused(kind, batch):
+    model = use_losses(small_model(kind), STOCK[kind])
+    with pytest.raises(ValueError, match=r"masks must be .*255.*divide by 255"):
+        run(model, batch | {"mask_labels": [255 * masks for masks in batch["mask_labels"]]})
+    for label in (CLASSES, -1, 1000):
+        labels = [batch["class_labels"][0], torch.tensor([label])]
+        with pytest.raises(ValueError, match=f"image 1: label {label}, but num_labels=4 allows 0"):
+            run(model, batch | {"class_labels": labels})
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_another_scale_is_said_once(kind, batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(use_losses(small_model(kind), STOCK[kind]), batch)
+    model = use_losses(small_model(kind), "0.1*ce + 0.1*bce + 100*dice(smooth=1)")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = run(model, batch) and torch.get_rng_state()
+        run(model, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    entries = {str(each.message).partition(" ")[0] for each in caught}
+    assert len(caught) == len(entries)
+    assert {"loss_cross_entropy", "loss_dice"} <= entries

@@ -304,9 +304,9 @@ def test_another_scale_is_told_once(batch, nothing, messages):
         run(model, inputs)
     told = [line for line in messages.messages if "first batch" in line]
     assert len(told) == 3
-    assert re.search(r"cls_loss is 0\.0\d+ times .* larger weight of focal in", told[0])
-    assert re.search(r"box_loss is 0\.2 times .* larger weight of giou in", told[1])
-    assert re.search(r"dfl_loss is 5 times .* smaller weight of dfl in", told[2])
+    assert re.search(r"cls_loss is 0\.0\d+ times .* larger weight .*: write '20\*focal'", told[0])
+    assert re.search(r"box_loss is 0\.2 times .* larger weight .*: write '1\*giou'", told[1])
+    assert re.search(r"dfl_loss is 5 times .* smaller weight .*: write '1\*dfl'", told[2])
     messages.clear()
     run(use_losses(model, "ciou+bce"), batch)
     assert not messages.messages
@@ -314,14 +314,15 @@ def test_another_scale_is_told_once(batch, nothing, messages):
     for inputs in (nothing, batch):
         run(model, inputs)
     (told,) = (line for line in messages.messages if "first batch" in line)
-    assert re.search(r"seg_loss is 0\.2 times .* larger weight of bce and bce_2 in", told)
+    assert re.search(r"seg_loss is 0\.2 times .*: write 'mask: 0\.5\*bce \+ 0\.5\*bce'", told)
 
 
 @pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
         ("yolo11n.yaml", "giou+focl", "did you mean 'focal'"),
-        ("yolo11n.yaml", "giou+dice", "YOLO has no use for 'dice'"),
+        ("yolo11n.yaml", "giou+dice", "write 'giou; mask: dice'"),
+        ("yolo11n.yaml", "giou+ce", "YOLO has no use for 'ce'; .* write 'bce'"),
         ("yolo11n.yaml", "giou+ghm", "'ghm' is a mean by nature"),
         ("yolo11n.yaml", "giou+focal(reduction='sum')", "itself decides 'reduction'"),
         ("yolo11n.yaml", "giou+focal(class_weights=[1, 2])", "and the model 5 classes"),
@@ -332,8 +333,8 @@ def test_another_scale_is_told_once(batch, nothing, messages):
         ("yolo11n-seg.yaml", "giou+focal; mask: giou", "'giou' is a loss of boxes"),
         ("yolo11n-seg.yaml", "giou+focal; mask: ce", "no use for 'ce'.*bce"),
         ("yolo11n-seg.yaml", "giou+focal; mask: ghm", "'ghm' is a mean by nature"),
-        ("yolo11n-seg.yaml", "giou+focal; masks: dice", "column 3.*did you mean 'mask'"),
-        ("yolo11n-seg.yaml", "giou+focal; dice", "column 3.*as in 'mask: dice'"),
+        ("yolo11n-seg.yaml", "giou+focal; masks: dice", "column 13.*did you mean 'mask'"),
+        ("yolo11n-seg.yaml", "giou+focal; dice", "column 13.*as in 'mask: dice'"),
         ("yolo11n-seg.yaml", "mask: dice; giou", "column 13.*as in 'detection: giou'"),
         ("yolo11n-seg.yaml", "giou; mask: bce; mask: dice", "'mask' is given twice"),
     ],
@@ -584,7 +585,7 @@ def test_faulty_data_is_left_out_and_listed(faulty):
         said = tool("--data", faulty, "--output", output, f"--segments={segments}")
         assert said.returncode == 0, said.stderr
         assert f"{count} faults" in said.stdout
-        assert "1 x image is not of the size that the file states" in said.stdout
+        assert "1 x image is not of the size that its annotation states" in said.stdout
         assert "1 x image would share the label file of an image before it" in said.stdout
         assert [file.name for file in (output / "images/train").iterdir()] == ["0.png"]
         (file,) = (output / "labels/train").iterdir()

@@ -16,14 +16,17 @@ import yaml
 
 from common.config import parse
 from common.errors import UsageError, usage_errors
-from detseg_losses.integrations.coco import find_coco, load_annotations
+from common.evaluate import check_folder
+from detseg_losses.integrations.coco import find_coco, find_image, load_annotations
 from detseg_losses.integrations.samples import (
     DataError,
     Fault,
+    Id,
     category_names,
     check_box,
-    check_image,
     report_faults,
+    to_flag,
+    to_number,
 )
 
 
@@ -54,8 +57,9 @@ def main() -> None:
     """Run the tool."""
     config = parse(Config, __doc__)
     output = Path(config.output)
-    if output.exists():
+    if os.path.lexists(output):
         raise UsageError(f"{output} exists already; name a new folder as output")
+    check_folder("output", str(output.parent))
     try:
         from ultralytics.data.converter import convert_coco
     except ModuleNotFoundError:
@@ -83,7 +87,10 @@ def main() -> None:
             target = output / "images" / name / image["file_name"]
             target.parent.mkdir(parents=True, exist_ok=True)
             source = (split.directory / image["file_name"]).resolve()
-            (shutil.copyfile if config.copy else os.symlink)(source, target)
+            try:
+                (shutil.copyfile if config.copy else os.symlink)(source, target)
+            except OSError as error:
+                raise UsageError(f"{target} cannot be written ({error.strerror})") from error
     description = {
         "path": str(output.resolve()),
         "train": f"images/{config.train}",
@@ -100,15 +107,16 @@ def main() -> None:
 class Split:
     """One split, with what is usable of it, and the categories numbered from 1 without gaps.
 
-    Crowds are no objects to learn, and are left out; Ultralytics cannot ignore a part of an image.
+    Crowds and objects with ``ignore: 1`` are no objects to learn, and go without a label:
+    Ultralytics cannot ignore a part of an image.
     """
 
     def __init__(self, file: Path, directory: Path, segments: bool, faults: list[Fault]) -> None:
         content = load_annotations(file)
         by_id = category_names(content["categories"])
         self.directory = directory
-        self.names = [by_id[key] for key in sorted(by_id)]
-        numbers = {key: number for number, key in enumerate(sorted(by_id), 1)}
+        self.names = list(by_id.values())
+        numbers = {key: number for number, key in enumerate(by_id, 1)}
         known = {image["id"] for image in content["images"]}
         images = _usable_images(file, directory, content["images"], faults)
         annotations = []
@@ -117,7 +125,11 @@ class Split:
             if not isinstance(image, int) or image not in known:
                 reason = "image id is not among the file's images"
                 faults.append(Fault(file, index, reason, image))
-            elif image not in images or annotation.get("iscrowd"):
+            elif image not in images:
+                continue
+            elif (ignored := _is_ignored(annotation)) is None:
+                faults.append(Fault(file, index, "iscrowd or ignore is neither 0 nor 1"))
+            elif ignored:
                 continue
             elif not isinstance(category, int) or category not in numbers:
                 reason = "category id is not among the file's categories"
@@ -129,27 +141,30 @@ class Split:
                 if usable is not None:
                     annotations.append(usable | {"category_id": numbers[category]})
         if not annotations:
-            raise DataError(f"{file}: no usable object in an image of {directory}")
+            found = f": {report_faults(faults)}" if faults else ""
+            raise DataError(f"{file}: no usable object in an image of {directory}{found}")
         self.content = {"images": list(images.values()), "annotations": annotations}
 
 
 def _usable_images(
     file: Path, directory: Path, entries: list[dict[str, Any]], faults: list[Fault]
-) -> dict[int, dict[str, Any]]:
+) -> dict[Id, dict[str, Any]]:
     """By id, the images that are there, as large as stated, and with a label file of their own."""
     images = {}
     label_files = set()
     for index, entry in enumerate(entries):
-        path = directory / entry["file_name"]
-        if check_image(path, (entry["width"], entry["height"]), faults) is None:
+        image = find_image(entry, index, file, directory, faults)
+        if image is None:
             continue
+        path = image.path
         label_file = path.with_suffix(".txt")
         if label_file in label_files:
             reason = "image would share the label file of an image before it"
             faults.append(Fault(file, index, reason, path))
         else:
             label_files.add(label_file)
-            images[entry["id"]] = entry
+            size = {"width": image.width, "height": image.height}
+            images[image.id] = entry | size | {"file_name": str(path.relative_to(directory))}
     return images
 
 
@@ -160,10 +175,11 @@ def _inside(
     the fault, as in :func:`check_box`.
     """
     width, height = image["width"], image["height"]
-    try:
-        x, y, w, h = map(float, annotation["bbox"])
-    except (KeyError, TypeError, ValueError):
+    bbox = annotation.get("bbox")
+    numbers = [to_number(value) for value in bbox] if isinstance(bbox, list) else []
+    if len(numbers) != 4 or None in numbers:
         return None, "bbox is not four numbers"
+    x, y, w, h = (number for number in numbers if number is not None)
     box, fault = check_box((x, y, x + w, y + h), width, height)
     if box is None:
         return None, fault
@@ -184,6 +200,12 @@ def _inside(
             return None, "polygon is not a list of three or more points x, y"
         usable["segmentation"] = outline
     return usable, fault
+
+
+def _is_ignored(annotation: dict[str, Any]) -> bool | None:
+    """Whether an object is a crowd or to be ignored; None where that cannot be told."""
+    flags = [to_flag(annotation.get(key)) for key in ("iscrowd", "ignore")]
+    return None if None in flags else any(flags)
 
 
 def _is_polygon(values: object) -> bool:

@@ -12,14 +12,28 @@ from typing import Any
 
 from lightning_fabric import Fabric
 
-from common.config import DetectionConfig, EvalDetectionConfig, from_dict, parse_evaluation
+from common.config import (
+    DetectionConfig,
+    EvalDetectionConfig,
+    check_memory,
+    from_dict,
+    parse_evaluation,
+)
 from common.data import load_data
 from common.detectors import build_detector, extra_of
 from common.errors import UsageError, usage_errors
-from common.evaluate import check_classes, detect
+from common.evaluate import (
+    add_note,
+    check_classes,
+    check_folder,
+    detect,
+    load_weights,
+    without_faulty,
+)
 from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.coco import coco_metrics, load_annotations, load_results
+from detseg_losses.integrations.samples import Fault, report_faults
 from detseg_losses.integrations.voc import voc_metrics
 
 
@@ -27,15 +41,20 @@ from detseg_losses.integrations.voc import voc_metrics
 def main() -> None:
     """Run the tool."""
     config, checkpoint = parse_evaluation(EvalDetectionConfig, __doc__)
+    check_folder("--output", config.output)
+    faults: list[Fault] = []
     if checkpoint:
-        truth, results = _detect(config, checkpoint)
+        if config.predictions is not None or config.annotations is not None:
+            raise UsageError("--checkpoint has its own data: give no --predictions, --annotations")
+        truth, results = _detect(config, checkpoint, faults)
     elif config.predictions is not None and config.annotations is not None:
         truth = load_annotations(Path(config.annotations))
         results = load_results(Path(config.predictions))
     else:
         raise UsageError("give --checkpoint, or --predictions together with --annotations")
 
-    metrics = coco_metrics(truth, results)
+    metrics = coco_metrics(truth, results, max_dets=config.max_dets)
+    add_note(metrics, faults)
     print_metrics(metrics)
     if config.voc is not None:
         voc = voc_metrics(truth, results, eleven_point=config.voc == 2007)
@@ -47,18 +66,22 @@ def main() -> None:
 
 
 def _detect(
-    config: EvalDetectionConfig, checkpoint: dict[str, Any]
+    config: EvalDetectionConfig, checkpoint: dict[str, Any], faults: list[Fault]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The ground truth and what the detector of the checkpoint finds."""
     run = from_dict(DetectionConfig, checkpoint["config"])
     fabric = Fabric(devices=1, precision=run.train.precision)
     data = load_data(config.data, "detection", "val", run.seed, print, extra_of(run.model))
     check_classes(data, checkpoint["classes"])
+    check_memory(config.data, min(config.batch_size, len(data)))
     detector = build_detector(run.model, config.data, data.classes, run.seed)
     use_losses(detector, run.loss)
-    detector.load_state_dict(checkpoint["model"])
+    load_weights(detector, checkpoint, str(config.checkpoint))
     detector.to(fabric.device)
-    results = detect(fabric, detector, data, config.data, config.batch_size)
+    results = detect(fabric, detector, data, config.data, config.batch_size, faults)
+    data = without_faulty(data, faults)
+    if faults:
+        print(report_faults(faults))
     if config.output is not None:
         output = Path(config.output)
         output.mkdir(parents=True, exist_ok=True)

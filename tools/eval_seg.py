@@ -12,14 +12,28 @@ import torch
 from lightning_fabric import Fabric
 from PIL import Image
 
-from common.config import EvalSegmentationConfig, SegmentationConfig, from_dict, parse_evaluation
+from common.config import (
+    EvalSegmentationConfig,
+    SegmentationConfig,
+    check_memory,
+    from_dict,
+    parse_evaluation,
+)
 from common.data import load_data
-from common.errors import usage_errors
-from common.evaluate import check_classes, segment
+from common.errors import UsageError, usage_errors
+from common.evaluate import (
+    add_note,
+    check_classes,
+    check_folder,
+    load_weights,
+    mask_files,
+    segment,
+    without_faulty,
+)
 from common.report import draw_masks, handful, print_metrics, write_metrics
 from common.segmenters import build_segmenter
 from detseg_losses.integrations import use_losses
-from detseg_losses.integrations.samples import VOID
+from detseg_losses.integrations.samples import VOID, Fault, report_faults
 from detseg_losses.integrations.voc import ConfusionMatrix
 
 
@@ -27,34 +41,51 @@ from detseg_losses.integrations.voc import ConfusionMatrix
 def main() -> None:
     """Run the tool."""
     config, checkpoint = parse_evaluation(EvalSegmentationConfig, __doc__)
+    check_folder("--output", config.output)
+    check_folder("--save_masks", config.save_masks)
     run = from_dict(SegmentationConfig, checkpoint["config"])
     fabric = Fabric(devices=1, precision=run.train.precision)
     data = load_data(config.data, "segmentation", "val", run.seed, print)
     check_classes(data, checkpoint["classes"])
+    check_memory(config.data, min(config.batch_size, len(data)))
+    if config.save_masks is not None:
+        root = Path(config.data.root or "data").expanduser()
+        files = mask_files(Path(config.save_masks), data, root)
     segmenter = build_segmenter(
         replace(run.model, weights="none"), config.data, data.classes, run.seed
     )
     use_losses(segmenter, run.loss, mode=run.model.mode, ignore_index=VOID)
-    segmenter.load_state_dict(checkpoint["model"])
+    load_weights(segmenter, checkpoint, config.checkpoint)
     segmenter.to(fabric.device)
 
-    names = data.names
     confusion = ConfusionMatrix(len(data.classes))
-    for index, mask, truth in segment(fabric, segmenter, data, config.data, config.batch_size):
+    faults: list[Fault] = []
+    batches = config.data, config.batch_size
+    for index, mask, truth in segment(fabric, segmenter, data, *batches, faults):
         confusion.update(mask, torch.from_numpy(truth))
         if config.save_masks is not None:
-            file = (Path(config.save_masks) / names[index]).with_suffix(".png")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask.numpy()).save(file)
+            _save(Image.fromarray(mask.numpy()), files[index])
+    judged = without_faulty(data, faults)
+    if faults:
+        print(report_faults(faults))
     metrics = confusion.metrics(data.classes)
+    add_note(metrics, faults)
     print_metrics(metrics)
     if config.output is not None:
         output = Path(config.output)
         write_metrics(output, metrics)
-        shown = handful(data)
-        masks = segment(fabric, segmenter, shown, config.data, config.batch_size)
+        shown = handful(judged)
+        masks = segment(fabric, segmenter, shown, *batches, [])
         draw_masks(shown, [mask.numpy() for _, mask, _ in masks], output / "predictions.png")
         print(f"results: {output}")
+
+
+def _save(mask: Image.Image, file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(file)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written ({error.strerror or error})") from error
 
 
 if __name__ == "__main__":

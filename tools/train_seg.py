@@ -5,18 +5,23 @@ Without further options it learns synthetic shapes, drawn on first use: no data 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from common.census import say_model, say_pixels
 from common.checkpoint import load_checkpoint
-from common.config import SegmentationConfig, parse_training
+from common.config import SegmentationConfig, check_memory, parse_training
 from common.data import Batch, TrainingImages, load_data
-from common.engine import fit, start
-from common.errors import usage_errors
-from common.evaluate import check_classes, evaluate_segmenter, normalize, segment
+from common.engine import fit
+from common.errors import usage_errors, writing
+from common.evaluate import check_classes, drawable, evaluate_segmenter, normalize, segment
+from common.launch import start
 from common.report import draw_masks, handful, plot_curves, print_metrics, write_metrics
 from common.segmenters import build_segmenter, load_segmenter_weights
+from common.signals import Signals
 from detseg_losses import LossSum
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import VOID
@@ -26,10 +31,23 @@ from detseg_losses.integrations.samples import VOID
 def main() -> None:
     """Run the tool."""
     config = parse_training(SegmentationConfig, __doc__)
-    fabric, output = start(config)
+    with start(config) as (fabric, output, signals):
+        train_and_show(config, fabric, output, signals)
+
+
+def train_and_show(
+    config: SegmentationConfig, fabric: Fabric, output: Path, signals: Signals
+) -> None:
+    """Train, and leave the metrics and pictures of the best epoch."""
+    say_model(config, fabric.print)
     train = load_data(config.data, "segmentation", "train", config.seed, fabric.print)
     val = load_data(config.data, "segmentation", "val", config.seed, fabric.print)
     check_classes(val, train.classes)
+    check_memory(
+        config.data, config.train.batch_size // (config.train.accumulate * fabric.world_size)
+    )
+    say_pixels(train, "train", config.data.faults, fabric.print)
+    say_pixels(val, "val", config.data.faults, fabric.print)
 
     segmenter = build_segmenter(config.model, config.data, train.classes, config.seed)
     if not config.resume:
@@ -53,18 +71,21 @@ def main() -> None:
         return evaluate_segmenter(fabric, segmenter, val, config.data, config.train.batch_size)
 
     images = TrainingImages(train, config.data, config.seed)
-    fit(fabric, segmenter, images, config, output, "mIoU", losses, evaluate)
+    fit(fabric, signals, segmenter, images, config, output, "mIoU", losses, evaluate)
 
     if fabric.is_global_zero:
-        best = load_checkpoint(output / "best.ckpt", config.task)
-        segmenter.load_state_dict(best["model"])
-        shown = handful(val)
-        masks = segment(fabric, segmenter, shown, config.data, config.train.batch_size)
-        draw_masks(shown, [mask.numpy() for _, mask, _ in masks], output / "predictions.png")
-        plot_curves(output, "mIoU")
-        write_metrics(output, best["metrics"])
-        print_metrics(best["metrics"])
-        print(f"results: {output}")
+        with writing(output):
+            best = load_checkpoint(output / "best.ckpt", config.task)
+            segmenter.load_state_dict(best["model"])
+            write_metrics(output, best["metrics"])
+            print_metrics(best["metrics"])
+            plot_curves(output, "mIoU")
+            if shown := drawable(handful(val)):
+                masks = segment(fabric, segmenter, shown, config.data, config.train.batch_size, [])
+                draw_masks(
+                    shown, [mask.numpy() for _, mask, _ in masks], output / "predictions.png"
+                )
+            print(f"results: {output}")
 
 
 if __name__ == "__main__":

@@ -35,23 +35,23 @@ def tversky_losses(counts: Tensor, numbers: Numbers, share: Tensor) -> Tensor:
 
 def plain(counts: Tensor, numbers: Numbers, share: Tensor) -> Tensor:
     """The same as it is defined: for compilers, and for gradients of gradients."""
-    return (_loss(counts, numbers)[0] * share).sum((1, 2))
+    wrong, right = _wrong_and_right(counts, numbers)
+    whole = (wrong + right).clamp(min=LEAST)
+    return (wrong / whole * share).sum((1, 2))
 
 
-def _loss(counts: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
-    """The loss of each class and one over its denominator, ``(T, b, C)``; 0 / 0 is 0."""
+LEAST = 1e-18
+"""The least denominator, so that 0 / 0 is 0: a class without a pixel and without a probability."""
+
+
+def _wrong_and_right(counts: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """The two parts of the denominator, ``(T, b, C)``."""
     fp, tp, fn = counts[:3].unsqueeze(1)
     if isinstance(numbers, Tensor):
-        alpha, beta, smooth = numbers
-        wrong = torch.addcmul(alpha * fp, beta, fn)
-        whole = wrong + tp + smooth
-    else:
-        wrong = torch.add(numbers[0] * fp, fn, alpha=numbers[1])
-        whole = wrong + tp
-        if numbers[2]:
-            whole = whole + numbers[2]
-    inverse = (whole + (whole == 0)).reciprocal()
-    return wrong * inverse, inverse
+        alphas, betas, smooths = numbers
+        return torch.addcmul(alphas * fp, betas, fn), tp + smooths
+    alpha, beta, smooth = numbers
+    return torch.add(alpha * fp, fn, alpha=beta), tp + smooth if smooth else tp
 
 
 class _Tversky(torch.autograd.Function):
@@ -59,15 +59,17 @@ class _Tversky(torch.autograd.Function):
 
     @staticmethod
     def forward(counts: Tensor, numbers: Numbers, share: Tensor) -> tuple[Tensor, Tensor]:
-        loss, inverse = _loss(counts, numbers)
-        alpha, beta, _ = numbers
-        slopes = loss.new_zeros(len(counts), *loss.shape)
-        loss *= share
-        slopes[1].addcmul_(loss, inverse, value=-1)
-        each = torch.addcmul(slopes[1], inverse, share)  # (1 - loss) / denominator
-        torch.mul(each, alpha, out=slopes[0])
-        torch.mul(each, beta, out=slopes[2])
-        return loss.sum((1, 2)), slopes
+        wrong, right = _wrong_and_right(counts, numbers)
+        whole = (wrong + right).clamp_(min=LEAST)
+        each = share / whole
+        slopes = counts.new_zeros(len(counts), *wrong.shape)
+        losses = (wrong * each).sum((1, 2))
+        each /= whole
+        slopes[1].addcmul_(wrong, each, value=-1)
+        each *= right
+        torch.mul(each, numbers[0], out=slopes[0])
+        torch.mul(each, numbers[1], out=slopes[2])
+        return losses, slopes
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

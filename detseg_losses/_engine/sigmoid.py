@@ -132,11 +132,15 @@ class _Block:
         hit = p * y
         add_up(hit, counts[1])
         add_up(torch.sub(p, hit, out=hit), counts[0])
-        q = self.x.to(p.dtype).neg().sigmoid_()  # 1 - p without cancellation
+        miss = self.q()
         if self.ignored is not None:
-            q.masked_fill_(self.ignored, 0)
-        add_up(q.mul_(y), counts[2])
+            miss.masked_fill_(self.ignored, 0)
+        add_up(miss.mul_(y), counts[2])
         add_up(y, counts[3])
+
+    def q(self) -> Tensor:
+        """``1 - p`` without cancellation."""
+        return self.x.to(self.p.dtype).neg().sigmoid_()
 
     def backward(
         self,
@@ -148,8 +152,13 @@ class _Block:
     ) -> None:
         """Write the gradient of the logits over the probabilities."""
         p = self.p
-        of_p = fp if squares is None else torch.addcmul(fp, p, squares, value=2)
-        of_p = torch.addcmul(of_p, self.y, tp - fn - fp)
+        # Not fp + y (tp - fn - fp), for one may be a million times the other.
+        of_p = torch.lerp(fp, tp - fn, self.y)
+        if squares is not None:
+            of_p.addcmul_(p, squares, value=2)
         if self.weight is not None:
             of_p *= self.weight
-        torch.ops.aten.sigmoid_backward.grad_input(of_p, p, grad_input=p)
+        slope = self.q()
+        if self.ignored is not None:
+            slope.masked_fill_(self.ignored, 0)
+        p.mul_(slope).mul_(of_p)

@@ -317,9 +317,10 @@ class _Block:
     ) -> None:
         """The same of the counts, and of the negative log likelihoods of class indices."""
         p = self.p
-        of_p = fp if squares is None else torch.addcmul(fp, p, squares, value=2)
-        if self.y is not None:
-            of_p = torch.addcmul(of_p, self.y, tp - fn - fp)
+        # Not fp + y (tp - fn - fp), for one may be a million times the other.
+        of_p = fp if self.y is None else torch.lerp(fp, tp - fn, self.y)
+        if squares is not None:
+            of_p = torch.addcmul(of_p, p, squares, value=2)
         of_p = of_p.expand_as(p) if self.weight is None else of_p * self.weight
         of_p = of_p.contiguous()
         if self.index is not None:

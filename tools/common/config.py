@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
+import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_loader
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader
+from jsonargparse.typing import restricted_number_type
 
 from common.checkpoint import load_checkpoint
 from common.errors import UsageError, fail
+from detseg_losses import build_loss
+from detseg_losses.integrations.samples import VOID
+from detseg_losses.spec import SpecError, nearest
 
 Task = Literal["detection", "segmentation"]
+
+if not TYPE_CHECKING:  # what the parser sees; to a type checker they are numbers like any other
+    PositiveFloat = restricted_number_type("FinitePositive", float, [(">", 0), ("<", math.inf)])
+    NonNegativeFloat = restricted_number_type("FiniteFromZero", float, [(">=", 0), ("<", math.inf)])
+    PositiveInt = restricted_number_type("Count", int, [(">", 0), ("<", 2**31)])
+    NonNegativeInt = restricted_number_type("CountFromZero", int, [(">=", 0), ("<", 2**31)])
+    Channels = restricted_number_type("Channels", int, [(">", 0), ("<=", 4096)])
+    Workers = restricted_number_type("Workers", int, [(">=", 0), ("<=", 256)])
+    Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
+else:
+    from builtins import float as NonNegativeFloat
+    from builtins import float as PositiveFloat
+    from builtins import int as Channels
+    from builtins import int as NonNegativeInt
+    from builtins import int as PositiveInt
+    from builtins import int as Seed
+    from builtins import int as Workers
+
+SMALLEST = 8
+"""The smallest side of an image in pixels: less is a mistake, and has no pixel left when scaled."""
 
 
 @dataclass
@@ -23,15 +50,17 @@ class DataConfig:
     """Data.
 
     Args:
-        format: shapes is made on first use; coco and voc are the usual folder layouts.
-        root: Folder of the data set; shapes are made there, by default in ./data.
+        format: coco and voc are the usual folder layouts; shapes are synthetic, and drawn on first
+            use. By default the layout is recognised in root, and shapes stand in where no root is
+            given.
+        root: Folder of the data set; for shapes a folder for them alone, by default ./data.
         train_split: Name of the training split.
         val_split: Name of the validation split; where the training split is the only one, a part
             of it is set aside by seed.
         train_list: File with the names of the training images to use, one a line.
         val_list: The same for the validation images.
         subset: Use only so many images of each split, chosen by seed.
-        classes: Use only these classes, in this order.
+        classes: Use only these classes, in this order; cat, or cat,dog, or [cat, dog].
         size: Height and width (or one number for both) into which every image is fitted, keeping
             its proportions.
         crop: Height and width of random crops for training; by default the same as size.
@@ -42,21 +71,25 @@ class DataConfig:
         workers: Processes that load images, for each training process.
     """
 
-    format: Literal["shapes", "coco", "voc"] = "shapes"
+    format: Literal["auto", "shapes", "coco", "voc"] = "auto"
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
     train_list: str | None = None
     val_list: str | None = None
     subset: PositiveInt | None = None
-    classes: list[str] | None = None
+    classes: list[str] | str | None = None
     size: int | list[int] = 128
     crop: int | list[int] | None = None
     augment: bool = True
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     faults: Literal["skip", "refuse"] = "skip"
-    workers: NonNegativeInt = 0
+    workers: Workers = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.classes, str):
+            self.classes = [name.strip() for name in self.classes.split(",")]
 
 
 @dataclass
@@ -88,7 +121,7 @@ class TrainConfig:
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
     clip: NonNegativeFloat = 10.0
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
-    devices: int | Literal["auto"] = "auto"
+    devices: PositiveInt | Literal["auto"] = "auto"
     eval_every: PositiveInt = 3
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 200
@@ -139,7 +172,7 @@ class DetectorConfig:
     ] = "small"
     weights: str = "none"
     anchors: list[int] | None = None
-    fpn_channels: PositiveInt = 64
+    fpn_channels: Channels = 64
     keypoints: PositiveInt = 17
 
 
@@ -190,7 +223,7 @@ class DetectionConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: DetectorConfig = field(default_factory=DetectorConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=13))
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     output: str | None = None
     resume: bool = False
 
@@ -213,7 +246,7 @@ class SegmentationConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(size=96))
     model: SegmenterConfig = field(default_factory=SegmenterConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=7, batch_size=4, lr=3e-3))
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     output: str | None = None
     resume: bool = False
 
@@ -227,6 +260,7 @@ class EvalDetectionConfig:
         predictions: COCO results file, to be evaluated without a model.
         annotations: COCO annotation file that belongs to predictions.
         voc: Compute VOC's AP as well: 2007 has 11 points, 2010 the whole area.
+        max_dets: How many detections of one class in one image count, at least 10.
         batch_size: Images in one forward pass.
         output: Folder for metrics.json and, with a checkpoint, results.json and predictions.png.
     """
@@ -236,6 +270,7 @@ class EvalDetectionConfig:
     predictions: str | None = None
     annotations: str | None = None
     voc: Literal[2007, 2010] | None = None
+    max_dets: PositiveInt = 100
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: PositiveInt = 8
     output: str | None = None
@@ -270,16 +305,30 @@ def height_width(size: int | Sequence[int]) -> tuple[int, int]:
     """Return ``size`` as ``(height, width)`` in pixels.
 
     Raises:
-        UsageError: if it is neither one positive number nor two.
+        UsageError: if it is neither one number nor two, or too small for an image.
     """
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise UsageError(f"data.size and data.crop take one or two positive numbers, got {size}")
+    if len(pair) != 2 or min(pair) < SMALLEST:
+        raise UsageError(
+            f"data.size and data.crop take one or two numbers of at least {SMALLEST}, got {size}"
+        )
     return pair[0], pair[1]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose only truth values are true and false, so that [no, yes] stays a list of names."""
+    """YAML whose only truth values are true and false, so that [no, yes] stays a list of names.
+
+    A key that a mapping has twice is an error, and not the last one of them.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return the mapping of a node."""
+        keys = [key.value for key, _ in node.value if key.value != "<<"]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                message = f"{key.value} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -295,13 +344,60 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
-set_loader("yaml", lambda text: yaml.load(text, Loader=_Loader), (yaml.YAMLError,))
+set_loader("yaml", lambda text: yaml.load(text, Loader=_Loader), (yaml.YAMLError, ValueError))
+
+
+class _ConfigFile(ActionConfigFile):
+    """Reads ``--config``; says which file is at fault, and what is wrong with it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Take over the options of the file named ``values``."""
+        try:
+            content = yaml.load(Path(values).read_text(encoding="utf-8"), Loader=_Loader)
+        except OSError as error:
+            fail(f"--config {values}: cannot be read ({error.strerror})")
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            fail(f"--config {values}: is not valid YAML ({error})")
+        if not isinstance(content, dict):
+            fail(f"--config {values}: holds no options 'name: value'; see the files in configs")
+        for name, value in content.items():
+            if name in ("data", "model", "train") and not isinstance(value, dict):
+                fail(f"--config {values}: {name} is {value}; it takes options 'name: value'")
+        super().__call__(parser, namespace, values, option)
 
 
 class _Parser(ArgumentParser):
+    def __init__(
+        self, config_class: type, description: str | None, check: Callable[[Any], None] | None
+    ) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+        self.config_class, self.check = config_class, check
+
+    def checked(self, arguments: Namespace) -> Any:
+        """The configuration that was given, if a run would accept it."""
+        config: Any = _instantiate(self, arguments, self.config_class)
+        if self.check is not None:
+            try:
+                self.check(config)
+            except ValueError as error:
+                raise UsageError(error) from error
+        return config
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with exit code 2 and the whole message in one line."""
+        """End with exit code 2 and the whole message in one line, with the nearest known name."""
+        if match := re.search(r"Expected a typing\.Literal\[([^]]*)]\. Got value: (.*)", message):
+            known, value = re.findall(r"'([^']*)'", match[1]), match[2]
+            message = f"{message[: match.start()]}there is no {value!r}{nearest(value, known)}"
+        elif match := re.match(r"unrecognized arguments: (--[^= ]*)", message):
+            known = [option for action in self._actions for option in action.option_strings]
+            if near := difflib.get_close_matches(match[1], known, n=1):
+                message += f"; did you mean {near[0]}?"
         fail(message)
+
+    def dump(self, cfg: Namespace, **options: Any) -> str:
+        """The text of a configuration for ``--print_config``, of one that a run would accept."""
+        self.checked(cfg.clone())
+        return super().dump(cfg, **options)
 
 
 def parse(config_class: type[T], description: str | None) -> T:
@@ -310,13 +406,20 @@ def parse(config_class: type[T], description: str | None) -> T:
     return _instantiate(parser, parser.parse_args(), config_class)
 
 
-def parse_training(config_class: type[TrainingT], description: str | None) -> TrainingT:
+def parse_training(
+    config_class: type[TrainingT],
+    description: str | None,
+    check: Callable[[TrainingT], None] | None = None,
+) -> TrainingT:
     """Return the configuration of a training run; with ``--resume`` it starts from the stored one.
 
+    ``check`` raises a ValueError where the model cannot be trained so; it judges what
+    ``--print_config`` prints, too.
+
     Raises:
-        UsageError: if there is nothing to resume.
+        UsageError: if there is nothing to resume, or options make no sense together.
     """
-    parser = _parser(config_class, description, skip={"resume"})
+    parser = _parser(config_class, description, skip={"resume"}, check=check)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -326,10 +429,13 @@ def parse_training(config_class: type[TrainingT], description: str | None) -> Tr
     if arguments.resume:
         if arguments.output is None:
             raise UsageError("--resume needs --output, the folder of the run")
-        checkpoint = load_checkpoint(Path(arguments.output) / "last.ckpt", config_class.task)
-        parser.set_defaults(checkpoint["config"])
+        file = Path(arguments.output) / "last.ckpt"
+        checkpoint = load_checkpoint(file, config_class.task)
+        _take_over(parser, checkpoint, file)
         arguments = parser.parse_args()
-    return _instantiate(parser, arguments, config_class)
+    config = parser.checked(arguments)
+    _check_devices(config.train.devices)
+    return config
 
 
 def parse_evaluation(
@@ -343,17 +449,34 @@ def parse_evaluation(
     arguments = parser.parse_args()
     checkpoint: dict[str, Any] = {}
     if arguments.checkpoint is not None:
-        checkpoint = load_checkpoint(Path(arguments.checkpoint), config_class.task)
-        parser.set_defaults({"data": checkpoint["config"]["data"]})
+        file = Path(arguments.checkpoint)
+        checkpoint = load_checkpoint(file, config_class.task)
+        _take_over(parser, checkpoint, file, "data")
         arguments = parser.parse_args()
     return _instantiate(parser, arguments, config_class), checkpoint
 
 
+def _take_over(
+    parser: ArgumentParser, checkpoint: dict[str, Any], file: Path, *sections: str
+) -> None:
+    """Make the options of a checkpoint, or these sections of them, the defaults."""
+    try:
+        stored = checkpoint["config"]
+        parser.set_defaults({name: dict(stored[name]) for name in sections} or dict(stored))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{file}: the options in it are not those of this tool: {error}"
+        ) from error
+
+
 def _parser(
-    config_class: type, description: str | None, skip: set[str | int] | None = None
-) -> ArgumentParser:
-    parser = _Parser(description=description)
-    parser.add_argument("--config", action="config")
+    config_class: type,
+    description: str | None,
+    skip: set[str | int] | None = None,
+    check: Callable[[Any], None] | None = None,
+) -> _Parser:
+    parser = _Parser(config_class, description, check)
+    parser.add_argument("--config", action=_ConfigFile)
     parser.add_class_arguments(config_class, skip=skip)
     return parser
 
@@ -361,7 +484,77 @@ def _parser(
 def _instantiate(parser: ArgumentParser, arguments: Namespace, config_class: type[T]) -> T:
     values = vars(parser.instantiate(arguments))
     del values["config"]
-    return _plain(config_class(**values))
+    config = _plain(config_class(**values))
+    if isinstance(getattr(config, "data", None), DataConfig):
+        _check_data(config.data)
+    if isinstance(config, DetectionConfig):
+        _check_anchors(config.model.anchors)
+    elif isinstance(config, SegmentationConfig):
+        _check_segmentation_loss(config)
+    return config
+
+
+def _check_data(data: DataConfig) -> None:
+    size = height_width(data.size)
+    crop = size if data.crop is None else height_width(data.crop)
+    if crop[0] > size[0] or crop[1] > size[1]:
+        raise UsageError(
+            f"data.crop {data.crop} is larger than data.size {data.size}, into which the images "
+            "are fitted: the rest would be padding"
+        )
+    check_memory(data, 1)
+    hint = "for images between 0 and 1; divide numbers for 0 to 255 by 255"
+    if len(data.mean) != 3 or not all(0 <= value <= 1 for value in data.mean):
+        raise UsageError(f"data.mean takes three numbers from 0 to 1, {hint}; got {data.mean}")
+    if len(data.std) != 3 or not all(0.001 <= value <= 1 for value in data.std):
+        raise UsageError(f"data.std takes three numbers from 0.001 to 1, {hint}; got {data.std}")
+
+
+def check_memory(data: DataConfig, batch_size: int) -> None:
+    """Refuse batches whose images alone are more than the memory of this machine.
+
+    Raises:
+        UsageError: naming both.
+    """
+    height, width = height_width(data.size)
+    gigabytes = batch_size * height * width * 3 * 4 / 1e9
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if gigabytes > there:
+        raise UsageError(
+            f"{batch_size} images of data.size {data.size} in one batch take {gigabytes:.0f} GB, "
+            f"and this machine has {there:.0f} GB; lower data.size or the batch size"
+        )
+
+
+def _check_anchors(anchors: list[int] | None) -> None:
+    if anchors is not None and not (3 <= len(anchors) <= 5 and min(anchors) > 0):
+        raise UsageError(f"model.anchors takes 3 to 5 positive numbers, got {anchors}")
+
+
+def _check_segmentation_loss(config: SegmentationConfig) -> None:
+    decided = {"mode": config.model.mode, "ignore_index": VOID}
+    try:
+        loss = build_loss(config.loss, "segmentation", mode=config.model.mode, ignore_index=VOID)
+    except SpecError as error:
+        raise UsageError(error) from error
+    for name, _, term in loss.items():
+        if term.options["reduction"] == "none":
+            raise UsageError(f"loss {config.loss!r}: {name!r} cannot have reduction='none' here")
+        for option, value in decided.items():
+            if term.given.get(option, value) != value:
+                raise UsageError(
+                    f"loss {config.loss!r}: {name!r} cannot have {option}={term.given[option]!r} "
+                    f"here, where it is always {value!r}; leave it out"
+                )
+
+
+def _check_devices(devices: int | str) -> None:
+    there = torch.cuda.device_count() or os.cpu_count() or 1
+    if isinstance(devices, int) and devices > there:
+        kind = "GPUs" if torch.cuda.is_available() else "CPU cores"
+        raise UsageError(f"train.devices {devices} is more than the {kind} here, {there}")
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -35,9 +36,13 @@ from detseg_losses.integrations.coco import (
 )
 from detseg_losses.integrations.samples import (
     VOID,
+    DataError,
+    DataT,
     DetectionData,
     DetectionSample,
     Extra,
+    Fault,
+    Faulty,
     ImageData,
     SegmentationSample,
     report_faults,
@@ -83,13 +88,15 @@ def load_data(
     Raises:
         UsageError, DataError: if the data cannot be had as configured.
     """
-    if config.format != "shapes" and config.root is None:
-        raise UsageError(f"data.format {config.format} needs data.root, the folder of the data")
+    config = replace(config, format=find_format(config, task, extra))
     root = Path(config.root or "data").expanduser()
     if config.format == "shapes":
-        root = make_shapes(root)
-    elif not root.is_dir():
-        raise UsageError(f"data.root {root} is not a folder")
+        try:
+            root = make_shapes(root)
+        except OSError as error:
+            raise UsageError(
+                f"{root}: shapes cannot be written there ({error.strerror})"
+            ) from error
     if extra and config.format == "voc":
         raise UsageError(f"data.format voc has no {extra}, which this model learns; take coco")
     wanted = extra if part == "train" else None
@@ -109,9 +116,66 @@ def load_data(
         chosen = select_listed(chosen, Path(listed).expanduser())
     if config.subset is not None:
         chosen = subset(chosen, config.subset, seed)
+    chosen = _without_thin(chosen, config)
     say(f"{part}: {len(chosen)} images of {root}, {len(chosen.classes)} classes")
-    if data.faults:
-        say(f"{part}: {report_faults(data.faults)}")
+    if chosen.faults:
+        say(f"{part}: {report_faults(chosen.faults)}")
+    return chosen
+
+
+def find_format(
+    config: DataConfig, task: Task, extra: Extra | None = None
+) -> Literal["shapes", "coco", "voc"]:
+    """Return the format of the data: the one that is named, or the one whose files are in root.
+
+    Raises:
+        UsageError: if there is no such folder, or it tells nothing or too much.
+    """
+    if config.root is None:
+        if config.format in ("coco", "voc"):
+            raise UsageError(f"data.format {config.format} needs data.root, the folder of the data")
+        return "shapes"
+    if config.format == "shapes":
+        return "shapes"
+    root = Path(config.root).expanduser()
+    if not config.root or not os.path.isdir(root):  # a Path raises on a name that is too long
+        raise UsageError(f"data.root {config.root!r} is not a folder")
+    if config.format != "auto":
+        return config.format
+    coco, voc = coco_splits(root, extra), voc_splits(root, task)
+    if coco and voc:
+        raise UsageError(f"data.root {root} is in the layouts of COCO and VOC: name data.format")
+    if not coco and not voc:
+        lists = "Main" if task == "detection" else "Segmentation"
+        raise UsageError(
+            f"data.root {root} has neither COCO's annotations/instances_*.json or "
+            f"*/_annotations.coco.json nor VOC's ImageSets/{lists}/*.txt; name the folder that "
+            "has, or data.format"
+        )
+    return "coco" if coco else "voc"
+
+
+def _without_thin(data: DataT, config: DataConfig) -> DataT:
+    """The images that keep two pixels a side when they are fitted: less cannot be scaled further.
+
+    Raises:
+        DataError: if there are others and faults are refused, or nothing is left.
+    """
+    height, width = height_width(config.size)
+    kept, faults = [], []
+    for index, image in enumerate(data.images):
+        scale = min(height / image.height, width / image.width)
+        if scale * min(image.height, image.width) < 1.5:
+            found = f"{image.width}x{image.height} in {width}x{height}"
+            faults.append(Fault(image.path, None, "image is too thin for data.size", found))
+        else:
+            kept.append(index)
+    if faults and config.faults == "refuse":
+        raise DataError(f"{report_faults(faults)}; data.faults=skip goes without them")
+    if not kept:
+        raise DataError(f"no usable image is left: {report_faults(faults)}")
+    chosen = data.select(kept)
+    chosen.faults = data.faults + faults
     return chosen
 
 
@@ -150,6 +214,10 @@ class TrainingImages(Dataset[Batch]):
     (N, H, W) of 0 and 1 or ``keypoints`` (N, K, 3) of x, y and visibility; a segmentation item has
     ``image`` and ``mask`` (H, W), whose padding is void.
 
+    An image or mask that turns out to be faulty when it is decoded is replaced by the next one, so
+    that epochs keep their length; the item then has ``faults``, too. With ``data.faults=refuse`` it
+    is a DataError, and so it is where no image is left.
+
     Args:
         data: what a reader gives.
         config: sizes and augmentation.
@@ -158,6 +226,7 @@ class TrainingImages(Dataset[Batch]):
 
     def __init__(self, data: Data, config: DataConfig, seed: int) -> None:
         self.data = data
+        self.faulty = config.faults
         self.seed = seed
         self.transform = _training_transform(config)
         self.mirrored = list(data.mirrored) if isinstance(data, DetectionData) else []
@@ -169,7 +238,15 @@ class TrainingImages(Dataset[Batch]):
         epoch, index = key
         generator = np.random.default_rng([self.seed, epoch, index])
         self.transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
-        sample: DetectionSample | SegmentationSample = self.data[index]
+        faults: list[Fault] = []
+        for position in (*range(index, len(self)), *range(index)):
+            sample = read_sample(self.data, position, self.faulty, faults)
+            if sample is not None:
+                item = self._augmented(sample)
+                return item | {"faults": faults} if faults else item
+        raise DataError(f"no usable image is left: {report_faults(faults)}")
+
+    def _augmented(self, sample: DetectionSample | SegmentationSample) -> Batch:
         if isinstance(sample, SegmentationSample):
             out = self.transform(image=sample.image, mask=sample.mask, bboxes=[], rows=[])
             return {"image": _to_tensor(out["image"]), "mask": torch.from_numpy(out["mask"])}
@@ -209,6 +286,23 @@ class TrainingImages(Dataset[Batch]):
         return new
 
 
+def read_sample(data: Data, index: int, faulty: Faulty, faults: list[Fault]) -> Any:
+    """Return a sample; None, and a fault of its image more, where it cannot be decoded.
+
+    Raises:
+        DataError: in place of a fault, if ``faulty`` is ``"refuse"``.
+    """
+    try:
+        return data[index]
+    except DataError as error:
+        if faulty == "refuse":
+            raise
+        file = data.images[index].path
+        found = str(error).removeprefix(f"{file}: ")
+        faults.append(Fault(file, None, "image or mask cannot be used", found))
+        return None
+
+
 def _training_transform(config: DataConfig) -> A.Compose:
     height, width = height_width(config.size if config.crop is None else config.crop)
     fit = A.LongestMaxSize(max_size_hw=height_width(config.size), area_for_downscale="image")
@@ -222,6 +316,7 @@ def _training_transform(config: DataConfig) -> A.Compose:
         "pascal_voc",
         label_fields=["rows"],
         clip=True,
+        filter_invalid_bboxes=True,  # what has no area left in its float32 would be an error
         min_width=1,
         min_height=1,
         min_visibility=0.25,  # an object mostly cut off is no longer recognisable
@@ -250,7 +345,8 @@ class EvaluationImages(Dataset[Batch]):
 
     An item has ``image`` (3, H, W) uint8 with H and W multiples of 32, ``index`` in the data,
     ``fitted`` (height and width of the image in the padded one), ``original`` (height and width in
-    the file) and for segmentation ``truth``, the mask as it is in the file.
+    the file) and for segmentation ``truth``, the mask as it is in the file. Of an image or mask
+    that is faulty an item has ``faults`` alone; with ``data.faults=refuse`` it is a DataError.
 
     Args:
         data: what a reader gives.
@@ -259,6 +355,7 @@ class EvaluationImages(Dataset[Batch]):
 
     def __init__(self, data: Data, config: DataConfig) -> None:
         self.data = data
+        self.faulty = config.faults
         size = height_width(config.size)
         height, width = (-(-side // 32) * 32 for side in size)
         self.fit = A.LongestMaxSize(max_size_hw=size, area_for_downscale="image")
@@ -268,7 +365,10 @@ class EvaluationImages(Dataset[Batch]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Batch:
-        sample: DetectionSample | SegmentationSample = self.data[index]
+        faults: list[Fault] = []
+        sample = read_sample(self.data, index, self.faulty, faults)
+        if sample is None:
+            return {"faults": faults}
         fitted = self.fit(image=sample.image)["image"]
         item = {
             "image": _to_tensor(self.pad(image=fitted)["image"]),
@@ -282,13 +382,21 @@ class EvaluationImages(Dataset[Batch]):
 
 
 def collate(items: list[Batch]) -> Batch:
-    """Stack what has one shape; keep everything else as lists."""
-    return {
-        key: default_collate([item[key] for item in items])
-        if isinstance(items[0][key], Tensor)
-        else [item[key] for item in items]
-        for key in items[0]
+    """Stack what has one shape; keep everything else as lists.
+
+    ``faults`` are those of all items, and absent where there are none; an item that is nothing but
+    faults is no part of the batch.
+    """
+    faults = [fault for item in items for fault in item.get("faults", [])]
+    whole = [item for item in items if "image" in item]
+    batch = {
+        key: default_collate([item[key] for item in whole])
+        if isinstance(value, Tensor)
+        else [item[key] for item in whole]
+        for key, value in (whole[0] if whole else {}).items()
+        if key != "faults"
     }
+    return batch | {"faults": faults} if faults else batch
 
 
 class TrainingOrder(Sampler[list[tuple[int, int]]]):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +22,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from common.config import DataConfig, DetectorConfig
+from common.config import DataConfig, DetectionConfig, DetectorConfig
 from common.errors import UsageError
 from common.weights import load_file, load_matching
+from detseg_losses import build_loss
+from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import DetectionData, Extra
 
 _BACKBONES = {
@@ -96,6 +101,27 @@ def check_keypoints(model: DetectorConfig, data: DetectionData) -> None:
         )
 
 
+def check_losses(config: DetectionConfig) -> None:
+    """Refuse losses that the detector has no use for, before the data is read.
+
+    A string with lists, such as class weights, is only parsed: the data tells how many classes
+    there are.
+
+    Raises:
+        UsageError, ValueError: as :func:`build_detector` and ``use_losses`` do.
+    """
+    with torch.device("meta"):  # which spares the time to draw random weights
+        detector = build_detector(config.model, config.data, ["any"], config.seed)
+    detector.to_empty(device="cpu")
+    if "[" in config.loss:
+        for part in filter(str.strip, config.loss.split(";")):
+            build_loss(part.rpartition(":")[2])
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again with the data
+            use_losses(detector, config.loss)
+
+
 def build_detector(
     model: DetectorConfig, data: DataConfig, classes: Sequence[str], seed: int
 ) -> nn.Module:
@@ -119,8 +145,10 @@ def build_detector(
         )
     else:
         anchors = model.anchors or [16, 32, 64, 128]
-        if model.fpn_channels % 8:
-            raise UsageError(f"model.fpn_channels {model.fpn_channels} is not a multiple of 8")
+        if model.fpn_channels % 8 or model.fpn_channels < 16:  # a group of one pixel has no norm
+            raise UsageError(
+                f"model.fpn_channels {model.fpn_channels} is not a multiple of 8, at least 16"
+            )
         if len(anchors) < 3:
             raise UsageError(f"model.anchors needs at least 3 sizes, got {anchors}")
         sizes = tuple((a, int(a * 2 ** (1 / 3)), int(a * 2 ** (2 / 3))) for a in anchors)
@@ -221,6 +249,10 @@ def load_detector_weights(detector: nn.Module, model: DetectorConfig, classes: l
         raise UsageError(f"there are no pretrained weights for the backbone {model.backbone}")
     try:
         state = weights.get_state_dict(check_hash=True)
-    except OSError as error:
-        raise UsageError(f"{weights} cannot be downloaded ({error}); name a file") from error
+    except (OSError, HTTPException, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"{weights} cannot be downloaded ({reason}); name a file, or remove what is damaged in "
+            f"{torch.hub.get_dir()}"
+        ) from error
     return load_matching(detector, state, str(weights), classes)

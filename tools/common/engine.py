@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,58 +15,28 @@ import torch
 import torch.distributed
 import yaml
 from lightning_fabric import Fabric
-from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import first_not_finite, load_checkpoint, load_state, save_checkpoint
 from common.config import TrainConfig, TrainingConfig, to_dict
 from common.data import Batch, TrainingImages, TrainingOrder, collate
-from common.errors import UsageError
+from common.errors import Interrupted, ReportedError, UsageError, writing
+from common.launch import agreed
+from common.metrics_log import MetricsLog
+from common.signals import Signals, outlive_signals
 from detseg_losses.integrations import ModelLosses
+from detseg_losses.integrations.samples import Fault
 
 Losses = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 Evaluate = Callable[[], dict[str, Any]]
 
 
-def start(config: TrainingConfig) -> tuple[Fabric, Path]:
-    """Choose the output folder, and launch the processes.
-
-    Under ``torchrun`` the number of processes is that of its environment: Fabric's own choice on a
-    CPU would be one device for each, and runs that know nothing of each other.
-
-    Raises:
-        UsageError: if the folder holds a run that is not to be resumed.
-    """
-    output = _choose_output(config)  # before any process can write
-    devices: int | str = config.train.devices
-    nodes = 1
-    if "WORLD_SIZE" in os.environ:
-        world_size = int(os.environ["WORLD_SIZE"])
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        nodes = world_size // devices
-    fabric = Fabric(devices=devices, num_nodes=nodes, precision=config.train.precision)
-    fabric.launch()
-    return fabric, fabric.broadcast(output)
-
-
-def _choose_output(config: TrainingConfig) -> Path:
-    if config.output is None:
-        kind = "det" if config.task == "detection" else "seg"
-        return next(p for n in count(1) if not (p := Path(f"runs/{kind}-{n}")).exists())
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file, not a folder")
-    if not config.resume and (output / "last.ckpt").exists():
-        raise UsageError(f"{output} holds a run: add --resume to go on, or name another folder")
-    return output
-
-
 def fit(
     fabric: Fabric,
+    signals: Signals,
     model: nn.Module,
     images: TrainingImages,
     config: TrainingConfig,
@@ -81,6 +49,7 @@ def fit(
 
     Args:
         fabric: launched.
+        signals: entered; on SIGINT and SIGTERM the last finished step is kept.
         model: adapted to its losses, whose ramps and learned weights are part of the training;
             with ``config.resume`` it gets the weights of last.ckpt first.
         images: the training images.
@@ -92,152 +61,385 @@ def fit(
 
     Raises:
         UsageError: if the batches cannot be divided as configured, the run to resume had other
-            classes, learned weights, another model or optimizer, or the loss is no longer finite.
+            classes, learned weights, another model or optimizer, the loss or the weights are no
+            longer finite, or a file cannot be written.
+        Interrupted: by a signal.
     """
-    train = config.train
-    criterion = ModelLosses(model)
-    make_order = partial(
-        TrainingOrder,
-        len(images),
-        train.batch_size,
-        seed=config.seed,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        accumulate=train.accumulate,
-    )
-    steps_per_epoch = make_order(0, 0).steps_per_epoch
-    total = train.epochs * steps_per_epoch
-    step, best = 0, -math.inf
+    run = _Training(fabric, signals, model, images, config, output, metric, losses, evaluate)
+    run.train()
 
-    if fabric.world_size > 1 and fabric.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    wrapped, optimizer = fabric.setup(model, _make_optimizer(model, train))
-    if config.resume:
-        checkpoint = load_checkpoint(output / "last.ckpt", config.task)
-        if checkpoint["classes"] != images.data.classes:
-            raise UsageError(f"{output} was trained for other classes: {checkpoint['classes']}")
-        now = _lasting(to_dict(config))
+
+class _Training:
+    """A run of :func:`fit`, whose arguments it has."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        signals: Signals,
+        model: nn.Module,
+        images: TrainingImages,
+        config: TrainingConfig,
+        output: Path,
+        metric: str,
+        losses: Losses,
+        evaluate: Evaluate,
+    ) -> None:
+        self.fabric, self.signals = fabric, signals
+        self.model, self.losses, self.evaluate = model, losses, evaluate
+        self.images, self.config = images, config
+        self.output, self.last, self.metric = output, output / "last.ckpt", metric
+        self.criterion = ModelLosses(model)
+        self.make_order = partial(
+            TrainingOrder,
+            len(images),
+            config.train.batch_size,
+            seed=config.seed,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            accumulate=config.train.accumulate,
+        )
+        self.steps_per_epoch = self.make_order(0, 0).steps_per_epoch
+        self.total = config.train.epochs * self.steps_per_epoch
+        self.step, self.best = 0, -math.inf
+        self.judged = False  # whether the model was evaluated after this step
+        self.saved = 0  # the step of last.ckpt
+        self.unseen: list[tuple[int, dict[str, Tensor]]] = []  # losses not yet looked at
+        self.new_faults: list[Fault] = []
+        self.faults: set[str] = set()
+        self.log: MetricsLog | None = None  # on the first process alone
+
+        if fabric.world_size > 1 and fabric.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.wrapped, self.optimizer = fabric.setup(model, _make_optimizer(model, config.train))
+        # Signals, errors and faults are agreed on without waiting for the devices.
+        self.group: torch.distributed.ProcessGroup | None = None
+        if fabric.world_size > 1:
+            self.group = cast(Any, torch.distributed.new_group(backend="gloo"))
+
+    def train(self) -> None:
+        """Train to the end, or to a signal."""
+        if self.config.resume:
+            self._resume()
+        self._check_start()
+        with self._progress() as self.bar:
+            self._on_first(self._open_files)
+            try:
+                with self.signals.deferred():
+                    self._take_steps()
+            finally:
+                if self.log is not None:
+                    with writing(self.output):
+                        self.log.close()
+        self.fabric.barrier()
+
+    def _take_steps(self) -> None:
+        train = self.config.train
+        if self.step == 0:
+            self._save_last()  # from now on the run can be resumed
+        if self._evaluation_is_due():
+            self._judge()
+        batches = iter(self._loader())
+        while self.step < self.total:
+            parts = self._next_parts(batches)
+            lr = train.lr * _rate(train.schedule, self.step / self.total)
+            values = self._take_step(parts, lr)
+            self.step += 1
+            self.judged = False
+            self.criterion.advance()
+            self.bar.update()
+            epoch_ends = self.step % self.steps_per_epoch == 0
+            logged = self.step == 1 or epoch_ends or self.step % train.log_every == 0
+            if logged:
+                self._log_step(lr, values)
+            if logged or self.fabric.device.type == "cpu":  # where looking waits for nothing
+                self._look()
+            if epoch_ends or self.step % train.checkpoint_every == 0:
+                self._save_last()
+            if self._evaluation_is_due():
+                self._judge()
+        if self.faults:
+            self._say(f"{len(self.faults)} faulty images were skipped in training")
+
+    # Before the first step
+
+    def _check_start(self) -> None:
+        if (name := first_not_finite(self.model.state_dict())) is not None:
+            weights = f"model.weights={self.config.model.weights}"
+            origin = self.last if self.config.resume else weights
+            raise UsageError(f"{origin}: NaN or infinity in {name}, before any training")
+
+    def _resume(self) -> None:
+        checkpoint = load_checkpoint(self.last, self.config.task)
+        if checkpoint["classes"] != self.images.data.classes:
+            raise UsageError(
+                f"{self.output} was trained for other classes: {checkpoint['classes']}"
+            )
+        now = _lasting(to_dict(self.config))
         for option, value in _lasting(checkpoint["config"]).items():
-            if now[option] != value:
-                raise UsageError(f"{output} has {option}={value}, which a resumed run has to keep")
-        model.load_state_dict(checkpoint["model"])
-        try:
-            criterion.load_state_dict(checkpoint.get("loss", {}))
-        except RuntimeError as error:
-            stored = checkpoint["config"]["loss"]
-            raise UsageError(f"{output} has the state of {stored!r}: {error}") from error
-        decays = [group["weight_decay"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay  # may be given anew, as lr is
-        fabric.strategy.precision.load_state_dict(checkpoint["precision"])
-        step, best = checkpoint["step"], checkpoint["best"]
+            if now.get(option) != value:
+                raise UsageError(
+                    f"{self.output} has {option}={value}, which a resumed run has to keep"
+                )
+        loss = checkpoint["config"]["loss"]
+        load_state(self.model, checkpoint["model"], f"the model of {self.last}")
+        load_state(
+            self.criterion,
+            checkpoint.get("loss", {}),
+            f"{self.output} has the state of {loss!r}, which",
+        )
+        self._resume_optimizer(checkpoint["optimizer"])
+        if checkpoint["precision"]:  # empty after a run in another precision
+            precision = self.fabric.strategy.precision
+            load_state(precision, checkpoint["precision"], f"the loss scale of {self.last}")
+        self.step, self.best = checkpoint["step"], checkpoint["best"]
+        self.saved, self.judged = self.step, checkpoint.get("judged", True)
+        if loss != self.config.loss:
+            self._say(
+                f"after step {self.step} the loss is {self.config.loss!r}, no longer {loss!r}"
+            )
 
-    def save(name: str, metrics: dict[str, Any] | None = None) -> None:
-        if not fabric.is_global_zero:
-            return
+    def _resume_optimizer(self, state: dict[str, Any]) -> None:
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        origin = f"the optimizer of {self.last}"
+        load_state(self.optimizer, state, origin)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # may be given anew, as lr is
+            for parameter in group["params"]:
+                for name, value in self.optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+                        raise UsageError(f"{origin} does not fit: {name} is {tuple(value.shape)}")
+
+    def _progress(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.total,
+            initial=self.step,
+            unit="step",
+            disable=not self.fabric.is_global_zero,
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )
+
+    def _open_files(self) -> None:
+        text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
+        (self.output / "config.yaml").write_text(text)
+        self.log = MetricsLog(self.output, self.step)
+        if self.log.note is not None:
+            self._say(self.log.note)
+
+    def _loader(self) -> DataLoader[Batch]:
+        return DataLoader(
+            self.images,
+            batch_sampler=self.make_order(self.step, self.total),
+            num_workers=self.config.data.workers,
+            pin_memory=self.fabric.device.type == "cuda",
+            collate_fn=collate,
+            worker_init_fn=outlive_signals,
+        )
+
+    # One step
+
+    def _next_parts(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The parts of the next batch, once every process has its own.
+
+        Where one has not, because of a signal or of an error, each of them stops, after the last
+        finished step was saved.
+        """
+        failure: BaseException | None = None
+        parts: list[Batch] = []
+        try:
+            with self.signals.at_once():
+                parts = [next(batches) for _ in range(self.config.train.accumulate)]
+        except (Exception, Interrupted) as error:
+            failure = error
+        code = 0 if failure is None else 2
+        if isinstance(failure, Interrupted):
+            code = 128 + failure.number
+        if self.group is not None:
+            worst = torch.tensor(code)
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, self.group)
+            code = int(worst)
+        if code:
+            self._save_last()
+            if code > 2 and (failure is None or isinstance(failure, Interrupted)):
+                done = f"interrupted: step {self.step} of {self.total} is in {self.last}"
+                raise Interrupted(code - 128, done)
+            raise failure or ReportedError("another process failed")
+        for part in parts:
+            self.new_faults += part.pop("faults", [])
+        return parts
+
+    def _take_step(self, parts: list[Batch], lr: float) -> dict[str, Tensor]:
+        """Make one optimizer step; return the loss, its terms and their moving weights."""
+        train = self.config.train
+        weights = _moving_weights(self.criterion)
+        self.wrapped.train()
+        values: dict[str, Tensor] = {}
+        try:
+            for part, batch in enumerate(parts):
+                for name, value in self._backward(part, batch).items():
+                    values[name] = values.get(name, 0.0) + value / train.accumulate
+        except Exception:
+            self._look_alone()  # what went wrong before can be the reason
+            raise
+        norm = self.fabric.clip_gradients(
+            self.wrapped, self.optimizer, max_norm=train.clip or math.inf, error_if_nonfinite=False
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        values |= weights
+        # Under float16 the scaler skips steps whose gradient is not finite, and goes on.
+        gradient = {} if norm is None or train.precision == "16-mixed" else {"gradient norm": norm}
+        self.unseen.append((self.step + 1, values | gradient))
+        return values
+
+    def _backward(self, part: int, batch: Batch) -> dict[str, Tensor]:
+        fabric, accumulate = self.fabric, self.config.train.accumulate
+        # Dropout must not depend on what happened before, so that a resumed run is exact.
+        entropy = np.random.SeedSequence([self.config.seed, self.step, part, fabric.global_rank])
+        torch.manual_seed(int(entropy.generate_state(1)[0]))
+        waits = fabric.world_size > 1 and part < accumulate - 1
+        with fabric.no_backward_sync(self.wrapped, enabled=waits):
+            loss, terms = self.losses(self.wrapped, fabric.to_device(batch))
+            fabric.backward(loss / accumulate)
+        return {"loss": loss.detach(), **terms}
+
+    def _log_step(self, lr: float, values: dict[str, Tensor]) -> None:
+        terms = _mean_over_processes(self.fabric, values)
+        epoch = (self.step - 1) // self.steps_per_epoch + 1
+        self._write_row({"epoch": epoch, "lr": lr, **terms})
+        self.bar.set_postfix({k: f"{v:.3g}" for k, v in terms.items()}, refresh=False)
+
+    # Evaluation
+
+    def _evaluation_is_due(self) -> bool:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        ends = position == 0 < epoch and epoch % self.config.train.eval_every == 0
+        return not self.judged and (ends or self.step >= self.total)
+
+    def _judge(self) -> None:
+        _equalize_buffers(self.fabric, self.model)
+        # Several processes stop together, so that one alone finishes its part of the evaluation.
+        with self.signals.at_once() if self.group is None else nullcontext():
+            found = self.evaluate()
+        metrics = {"epoch": self.step // self.steps_per_epoch, **found}
+        self._write_row(metrics)
+        self._say(_in_words(metrics))
+        self.judged = True
+        if (value := metrics[self.metric] or 0.0) >= self.best:
+            self.best = value
+            self._on_first(lambda: self._save("best.ckpt", metrics))
+        self._save_last()
+
+    # Files
+
+    def _on_first(self, action: Callable[[], None]) -> None:
+        """Let the first process write files; where it cannot, none goes on."""
+
+        def act() -> None:
+            with writing(self.output):
+                action()
+
+        agreed(self.fabric, act)
+
+    def _write_row(self, values: dict[str, Any]) -> None:
+        self._on_first(lambda: cast(MetricsLog, self.log).write(self.step, values))
+
+    def _save_last(self) -> None:
+        """Save last.ckpt, unless something is not finite: then the old one is kept."""
+        self._look()
+        self._on_first(lambda: self._save(self.last.name))
+        self.saved = self.step
+
+    def _save(self, name: str, metrics: dict[str, Any] | None = None) -> None:
         content = {
-            "task": config.task,
-            "config": to_dict(config),
-            "classes": images.data.classes,
-            "step": step,
-            "best": best,
-            "model": model.state_dict(),
-            "loss": criterion.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "precision": fabric.strategy.precision.state_dict(),
+            "task": self.config.task,
+            "config": to_dict(self.config),
+            "classes": self.images.data.classes,
+            "step": self.step,
+            "best": self.best,
+            "judged": self.judged,
+            "model": self.model.state_dict(),
+            "loss": self.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
             "metrics": metrics,
         }
-        save_checkpoint(output / name, content)
+        if (place := first_not_finite(content)) is not None:
+            raise UsageError(
+                f"after step {self.step} there is NaN or infinity in {place}, though the loss was "
+                f"finite: {self._remedy(self.step + 1)}; {self._kept()}"
+            )
+        save_checkpoint(self.output / name, content)
 
-    def judge() -> None:
-        nonlocal best
-        _equalize_buffers(fabric, model)
-        metrics = {"epoch": step // steps_per_epoch, **evaluate()}
-        log.write(step, metrics)
-        bar.write(_in_words(metrics))
-        if (value := metrics[metric] or 0.0) >= best:
-            best = value
-            save("best.ckpt", metrics)
+    def _say(self, line: str) -> None:
+        if self.fabric.is_global_zero:
+            tqdm.write(line)
 
-    if fabric.is_global_zero:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    log = MetricsLog(output, step, enabled=fabric.is_global_zero)
-    bar = tqdm(
-        total=total,
-        initial=step,
-        unit="step",
-        disable=not fabric.is_global_zero,
-        mininterval=0.2 if sys.stderr.isatty() else 20,
-    )
-    loader = DataLoader(
-        images,
-        batch_sampler=make_order(step, total),
-        num_workers=config.data.workers,
-        pin_memory=fabric.device.type == "cuda",
-        collate_fn=collate,
-    )
-    if step == 0:
-        save("last.ckpt")  # from now on the run can be resumed
-    if total == 0:
-        judge()
-    batches = iter(loader)
-    while step < total:
-        lr = train.lr * _rate(train.schedule, step / total)
-        weights = _moving_weights(criterion)
-        values = _take_step(fabric, wrapped, optimizer, batches, losses, config, step, lr) | weights
-        step += 1
-        criterion.advance()
-        bar.update()
-        epoch_ends = step % steps_per_epoch == 0
-        if step == 1 or epoch_ends or step % train.log_every == 0:
-            terms = _mean_over_processes(fabric, values)
-            log.write(step, {"epoch": (step - 1) // steps_per_epoch + 1, "lr": lr, **terms})
-            bar.set_postfix({k: f"{v:.3g}" for k, v in terms.items()}, refresh=False)
-            if not math.isfinite(terms["loss"]):
-                raise UsageError(f"the loss of step {step} is not finite ({terms}); lower train.lr")
-        if epoch_ends and (step // steps_per_epoch % train.eval_every == 0 or step == total):
-            judge()
-        if epoch_ends or step % train.checkpoint_every == 0:
-            save("last.ckpt")
-    bar.close()
-    log.close()
-    fabric.barrier()
+    # What is not finite, and faulty images
 
+    def _look(self) -> None:
+        """Look at the steps since the last look, which waits for the device, on every process.
 
-def _take_step(
-    fabric: Fabric,
-    wrapped: _FabricModule,
-    optimizer: Optimizer,
-    batches: Iterator[Batch],
-    losses: Losses,
-    config: TrainingConfig,
-    step: int,
-    lr: float,
-) -> dict[str, Tensor]:
-    """Make one optimizer step; return the loss and its terms on this process."""
-    train = config.train
-    wrapped.train()
-    values: dict[str, Tensor] = {}
-    for part in range(train.accumulate):
-        # Dropout must not depend on what happened before, so that a resumed run is exact.
-        entropy = np.random.SeedSequence([config.seed, step, part, fabric.global_rank])
-        torch.manual_seed(int(entropy.generate_state(1)[0]))
-        waits = fabric.world_size > 1 and part < train.accumulate - 1
-        with fabric.no_backward_sync(wrapped, enabled=waits):
-            loss, terms = losses(wrapped, fabric.to_device(next(batches)))
-            fabric.backward(loss / train.accumulate)
-        for name, value in {"loss": loss.detach(), **terms}.items():
-            values[name] = values.get(name, 0.0) + value / train.accumulate
-    if train.clip > 0:
-        # Under float16 the scaler skips steps whose gradient is not finite.
-        fabric.clip_gradients(wrapped, optimizer, max_norm=train.clip, error_if_nonfinite=False)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return values
+        Raises:
+            UsageError: if a loss, a term or a gradient was not finite.
+        """
+        mine = (self._first_not_finite(), self.new_faults)
+        self.unseen, self.new_faults = [], []
+        everyone = [mine]
+        if self.group is not None:
+            everyone = [mine] * self.fabric.world_size
+            torch.distributed.all_gather_object(everyone, mine, self.group)
+        for _, faults in everyone:
+            for fault in map(str, faults):
+                if fault not in self.faults:
+                    self.faults.add(fault)
+                    self._say(f"skipped: {fault}")
+        if found := [first for first, _ in everyone if first is not None]:
+            kind = UsageError if self.fabric.is_global_zero else ReportedError
+            raise kind(f"{min(found)[-1]}; {self._kept()}")
+
+    def _look_alone(self) -> None:
+        if (found := self._first_not_finite()) is not None:
+            raise UsageError(f"{found[-1]}; {self._kept()}")
+
+    def _first_not_finite(self) -> tuple[int, bool, str] | None:
+        """The first such step, whether its loss is finite, and what there is to say of it."""
+        if not self.unseen:
+            return None
+        finite = [torch.stack([*values.values()]).isfinite().all() for _, values in self.unseen]
+        for (step, values), good in zip(self.unseen, torch.stack(finite).tolist(), strict=True):
+            if not good:
+                numbers = {name: value.item() for name, value in values.items()}
+                loss = math.isfinite(numbers["loss"])
+                terms = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+                return (
+                    step,
+                    loss,
+                    f"the {'gradient' if loss else 'loss'} of step {step} is not finite ({terms}; "
+                    f"images {self._names(step)}): {self._remedy(step)}",
+                )
+        return None
+
+    def _names(self, step: int, shown: int = 4) -> str:
+        """The images of this process in a step."""
+        names = self.images.data.names
+        batch = [names[index] for part in self.make_order(step - 1, step) for _, index in part]
+        rest = f" and {len(batch) - shown} more" if len(batch) > shown else ""
+        return ", ".join(batch[:shown]) + rest
+
+    def _remedy(self, step: int) -> str:
+        train = self.config.train
+        if step == 1:
+            return (
+                "no step was taken before, so look at these images, data.mean and data.std, "
+                "model.weights, and the options of the loss"
+            )
+        narrow = "take train.precision=bf16-mixed, or " if train.precision == "16-mixed" else ""
+        return f"{narrow}lower train.lr ({train.lr:g}) or train.clip ({train.clip:g})"
+
+    def _kept(self) -> str:
+        return f"{self.last} of step {self.saved} is kept"
 
 
 def _moving_weights(criterion: ModelLosses) -> dict[str, Tensor]:
@@ -249,7 +451,7 @@ def _moving_weights(criterion: ModelLosses) -> dict[str, Tensor]:
 def _lasting(config: dict[str, Any]) -> dict[str, Any]:
     """The options on which the content of a checkpoint depends."""
     model = {f"model.{option}": value for option, value in config["model"].items()}
-    return model | {"train.optimizer": config["train"]["optimizer"]}
+    return model | {"train.optimizer": config["train"].get("optimizer")}
 
 
 def _make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
@@ -289,64 +491,3 @@ def _mean_over_processes(fabric: Fabric, values: dict[str, Tensor]) -> dict[str,
 def _in_words(metrics: dict[str, Any]) -> str:
     numbers = {k: v for k, v in metrics.items() if isinstance(v, float)}
     return f"epoch {metrics['epoch']}: " + "  ".join(f"{k} {v:.3f}" for k, v in numbers.items())
-
-
-class MetricsLog:
-    """metrics.csv and TensorBoard files: a row for each step that is logged.
-
-    Args:
-        output: folder of the run.
-        step: the step from which it goes on; later rows of an interrupted run are dropped.
-        enabled: whether this process writes.
-    """
-
-    def __init__(self, output: Path, step: int, enabled: bool) -> None:
-        self.file = output / "metrics.csv"
-        self.enabled = enabled
-        self.columns: list[str] = []
-        self.rows: list[dict[str, float]] = []
-        if enabled:
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
-            for row in read_metrics(self.file) if step else []:
-                if row["step"] <= step:
-                    self._add(row)
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Add the numbers among ``values``."""
-        if self.enabled:
-            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-            self._add({"step": step, **numbers})
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Write what TensorBoard still holds in memory."""
-        if self.enabled:
-            self.board.close()
-
-    def _add(self, row: dict[str, float]) -> None:
-        self.rows.append(row)
-        new_columns = [name for name in row if name not in self.columns]
-        self.columns += new_columns
-        # A new column means a new file, put in place when it is whole.
-        file = self.file.with_suffix(".unfinished") if new_columns else self.file
-        with file.open("w" if new_columns else "a", newline="") as stream:
-            writer = csv.DictWriter(stream, self.columns)
-            if new_columns:
-                writer.writeheader()
-            writer.writerows(self.rows if new_columns else [row])
-        if new_columns:
-            file.replace(self.file)
-
-
-def read_metrics(file: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.csv, each without its empty cells."""
-    with file.open(newline="") as stream:
-        return [
-            {
-                name: int(cell) if cell.isdigit() else float(cell)
-                for name, cell in row.items()
-                if cell
-            }
-            for row in csv.DictReader(stream)
-        ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -15,11 +18,22 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from common.config import DataConfig
-from common.data import Batch, Data, EvaluationImages, collate
+from common.data import Batch, Data, EvaluationImages, collate, read_sample
 from common.errors import UsageError
+from common.signals import outlive_signals
 from detseg_losses.integrations.coco import coco_metrics
-from detseg_losses.integrations.samples import DataT, DetectionData, to_results
+from detseg_losses.integrations.samples import (
+    DataError,
+    DataT,
+    DetectionData,
+    Fault,
+    inside,
+    report_faults,
+    to_results,
+)
 from detseg_losses.integrations.voc import ConfusionMatrix
+
+T = TypeVar("T")
 
 
 def normalize(images: Tensor, config: DataConfig) -> Tensor:
@@ -29,15 +43,20 @@ def normalize(images: Tensor, config: DataConfig) -> Tensor:
     return (images / 255 - mean) / std
 
 
-def _batches(fabric: Fabric, data: Data, config: DataConfig, batch_size: int) -> Iterator[Batch]:
+def _batches(
+    fabric: Fabric, data: Data, config: DataConfig, batch_size: int, faults: list[Fault]
+) -> Iterator[Batch]:
     loader = DataLoader(
         EvaluationImages(data, config),
         batch_size,
         num_workers=config.workers,
         collate_fn=collate,
+        worker_init_fn=outlive_signals,
     )
     for batch in loader:
-        yield fabric.to_device(batch)
+        faults += batch.pop("faults", [])
+        if batch:
+            yield fabric.to_device(batch)
 
 
 def _share(fabric: Fabric, data: DataT) -> DataT:
@@ -45,15 +64,63 @@ def _share(fabric: Fabric, data: DataT) -> DataT:
     return data.select(range(fabric.global_rank, len(data), fabric.world_size))
 
 
+def _gather(fabric: Fabric, items: list[T]) -> list[T]:
+    """The items of all processes, the same on each of them."""
+    if fabric.world_size == 1:
+        return items
+    parts: list[list[T]] = [[] for _ in range(fabric.world_size)]
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def without_faulty(data: DataT, faults: list[Fault]) -> DataT:
+    """The images of ``data`` that have no fault.
+
+    Raises:
+        DataError: if none is left.
+    """
+    faulty = {fault.file for fault in faults}
+    kept = [index for index, image in enumerate(data.images) if image.path not in faulty]
+    if not kept:
+        raise DataError(f"no usable image is left to judge: {report_faults(faults)}")
+    return data.select(kept)
+
+
+def add_note(metrics: dict[str, Any], faults: list[Fault]) -> None:
+    """Say in the notes of ``metrics`` which images were skipped."""
+    if faults:
+        names = ", ".join(fault.file.name for fault in faults[:5])
+        more = ", ..." if len(faults) > 5 else ""
+        metrics.setdefault("notes", []).append(
+            f"{len(faults)} images were skipped, for they or their masks cannot be used, and do "
+            f"not count: {names}{more}."
+        )
+
+
+def drawable(data: DataT) -> DataT:
+    """The images of a handful that can be decoded."""
+    faults: list[Fault] = []
+    readable = [i for i in range(len(data)) if read_sample(data, i, "skip", faults) is not None]
+    return data.select(readable)
+
+
 @torch.no_grad()
 def detect(
-    fabric: Fabric, detector: nn.Module, data: DetectionData, config: DataConfig, batch_size: int
+    fabric: Fabric,
+    detector: nn.Module,
+    data: DetectionData,
+    config: DataConfig,
+    batch_size: int,
+    faults: list[Fault],
 ) -> list[dict[str, Any]]:
-    """Return the detections in all images of ``data``, as entries of a COCO results file."""
+    """Return the detections in all images of ``data``, as entries of a COCO results file.
+
+    ``faults`` receives the images that cannot be decoded; they have no detections.
+    """
     detector.eval()
     ids = [image.id for image in data.images]
     results: list[dict[str, Any]] = []
-    for batch in _batches(fabric, data, config, batch_size):
+    for batch in _batches(fabric, data, config, batch_size, faults):
         with fabric.autocast():
             outputs = detector(list(batch["image"] / 255))
         for output, index, fitted, original in zip(
@@ -78,27 +145,40 @@ def detect(
 def evaluate_detector(
     fabric: Fabric, detector: nn.Module, data: DetectionData, config: DataConfig, batch_size: int
 ) -> dict[str, Any]:
-    """Return COCO's numbers, the same on every process."""
-    results = detect(fabric, detector, _share(fabric, data), config, batch_size)
-    if fabric.world_size > 1:
-        parts: list[list[dict[str, Any]]] = [[] for _ in range(fabric.world_size)]
-        torch.distributed.all_gather_object(parts, results)
-        results = [result for part in parts for result in part]
-    metrics = coco_metrics(data.ground_truth(), results) if fabric.is_global_zero else {}
+    """Return COCO's numbers, the same on every process.
+
+    Raises:
+        DataError: if no image can be decoded.
+    """
+    faults: list[Fault] = []
+    results = detect(fabric, detector, _share(fabric, data), config, batch_size, faults)
+    results, faults = _gather(fabric, results), _gather(fabric, faults)
+    judged = without_faulty(data, faults)
+    if faults:
+        fabric.print(report_faults(faults))
+    metrics = coco_metrics(judged.ground_truth(), results) if fabric.is_global_zero else {}
+    add_note(metrics, faults)
     return fabric.broadcast(metrics)
 
 
 @torch.no_grad()
 def segment(
-    fabric: Fabric, segmenter: nn.Module, data: Data, config: DataConfig, batch_size: int
+    fabric: Fabric,
+    segmenter: nn.Module,
+    data: Data,
+    config: DataConfig,
+    batch_size: int,
+    faults: list[Fault],
 ) -> Iterator[tuple[int, Tensor, NDArray[Any]]]:
     """Yield index, predicted mask and true mask of each image.
+
+    ``faults`` receives the images that cannot be used, of which nothing is yielded.
 
     Masks have the size of the original image: the logits are enlarged before the class is chosen.
     A single channel of logits means class 1 where it is positive, else class 0.
     """
     segmenter.eval()
-    for batch in _batches(fabric, data, config, batch_size):
+    for batch in _batches(fabric, data, config, batch_size, faults):
         images = normalize(batch["image"], config)
         with fabric.autocast():
             logits = _logits(segmenter(images))
@@ -128,13 +208,109 @@ def _logits(output: Any) -> Tensor:
 def evaluate_segmenter(
     fabric: Fabric, segmenter: nn.Module, data: Data, config: DataConfig, batch_size: int
 ) -> dict[str, Any]:
-    """Return mIoU and its companions over all pixels of ``data``, the same on every process."""
+    """Return mIoU and its companions over all pixels of ``data``, the same on every process.
+
+    Raises:
+        DataError: if no image can be used.
+    """
+    faults: list[Fault] = []
     confusion = ConfusionMatrix(len(data.classes))
-    for _, mask, truth in segment(fabric, segmenter, _share(fabric, data), config, batch_size):
+    mine = _share(fabric, data)
+    for _, mask, truth in segment(fabric, segmenter, mine, config, batch_size, faults):
         confusion.update(mask, torch.from_numpy(truth))
+    faults = _gather(fabric, faults)
+    without_faulty(data, faults)
+    if faults:
+        fabric.print(report_faults(faults))
     matrix = confusion.matrix.to(fabric.device)
     confusion.matrix = cast(Tensor, fabric.all_reduce(matrix, reduce_op="sum")).cpu()
-    return confusion.metrics(data.classes)
+    metrics = confusion.metrics(data.classes)
+    add_note(metrics, faults)
+    return metrics
+
+
+def check_folder(option: str, folder: str | None) -> None:
+    """Refuse a folder for results that is a file, or that cannot be made or written.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if folder is None:
+        return
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: cannot be made ({error.strerror})") from error
+    there = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise UsageError(f"{option} {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {folder}: {there} cannot be written")
+
+
+def mask_files(folder: Path, data: Data, root: Path) -> list[Path]:
+    """Where the predicted mask of each image goes: below ``folder``, as its name with ``.png``.
+
+    Names that would meet in one file keep their own ending, ``1.jpg.png``, and where that is not
+    enough get the id of the image, ``1.jpg.7.png``.
+
+    Args:
+        folder: the folder for the masks.
+        data: the images.
+        root: the folder of the data set, in which no file is replaced.
+
+    Raises:
+        DataError: if a name leads out of the folder.
+        UsageError: if a link in the folder leads out of it, or a file of the data set would be
+            replaced.
+    """
+    spellings = []
+    for image in data.images:
+        file = inside(folder, image.name)
+        if file is None:
+            raise DataError(f"the mask of image {image.name!r} would be outside of {folder}")
+        names = (f"{file.stem}.png", f"{file.name}.png", f"{file.name}.{image.id}.png")
+        spellings.append([file.with_name(name) for name in names])
+    chosen = [0] * len(spellings)
+    while True:
+        files = [each[n] for each, n in zip(spellings, chosen, strict=True)]
+        used = Counter(str(file).casefold() for file in files)
+        used.update({str(above).casefold() for file in files for above in file.parents})
+        met = [i for i, file in enumerate(files) if used[str(file).casefold()] > 1]
+        if not (longer := [i for i in met if chosen[i] < 2]):
+            break
+        for index in longer:
+            chosen[index] += 1
+    if met:
+        raise DataError(f"two masks would be {files[met[0]]}; give the images names that differ")
+    for file in files:
+        try:
+            target, there = file.resolve(), os.path.lexists(file)
+        except OSError as error:
+            raise UsageError(f"{file} cannot be written ({error.strerror})") from error
+        if not target.is_relative_to(folder.resolve()):
+            raise UsageError(f"{file} is a link to {target}; name another folder as save_masks")
+        if there and target.is_relative_to(root.resolve()):
+            raise UsageError(
+                f"{file} is a file in the data set {root}, and is not replaced; name a new folder "
+                "as save_masks"
+            )
+    return files
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], file: str) -> None:
+    """Load the weights of a checkpoint.
+
+    Raises:
+        UsageError: if they are not those of this model.
+    """
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{file} does not hold the model that it describes: {reason}") from error
 
 
 def check_classes(data: Data, trained: list[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from torchvision.ops import box_convert, nms
 
 from common.data import Data
-from common.engine import read_metrics
+from common.metrics_log import read_metrics
 from detseg_losses.integrations.samples import DataT, DetectionData
 
 matplotlib.use("Agg")
@@ -66,18 +68,29 @@ def plot_curves(output: Path, metric: str) -> None:
         output: folder of the run.
         metric: the column that judged the epochs.
     """
-    rows = read_metrics(output / "metrics.csv")
+    file = output / "metrics.csv"
+    rows = read_metrics(file)[0] if file.exists() else []
     training = [row for row in rows if "loss" in row]
-    judged = [row for row in rows if metric in row]
-    terms = [name for name in (training or [{}])[0] if name not in ("step", "epoch", "lr", "loss")]
+    judged = [row for row in rows if metric in row and "epoch" in row]
+    terms = list(dict.fromkeys(name for row in training for name in row))
+    terms = [name for name in terms if name not in ("step", "epoch", "lr", "loss")]
     names = ["loss", *terms] if len(terms) > 1 else terms
+    steps = [row["step"] for row in training]
+    changes = [
+        (before["step"] + after["step"]) / 2
+        for before, after in pairwise(training)
+        if before.keys() != after.keys()  # resumed with another loss
+    ]
     figure, axes = plt.subplots(1, len(names) + 1, figsize=(4 * len(names) + 4, 3.2), squeeze=False)
     for axis, name in zip(axes[0], names, strict=False):
-        steps, values = zip(*((row["step"], row[name]) for row in training), strict=True)
+        values = np.array([row.get(name, math.nan) for row in training])
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
         axis.plot(steps, _smooth(values), color="tab:blue")
+        for change in changes:
+            axis.axvline(change, color="grey", linestyle=":")
         axis.set_title("loss (sum of the terms)" if name == "loss" else name)
-        axis.set_ylim(bottom=min(0, *values))  # a term with a learned weight can be negative
+        lowest = min(values[np.isfinite(values)], default=0)
+        axis.set_ylim(bottom=min(0, lowest))  # a term with a learned weight can be negative
     last = axes[0][-1]
     epochs, scores = [row["epoch"] for row in judged], [row[metric] for row in judged]
     last.plot(epochs, scores, color="tab:green", marker="o", markersize=4)
@@ -129,11 +142,12 @@ def plot_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.6) -> list[float]:
-    """An exponential moving mean."""
-    smoothed = [values[0]]
-    for value in values[1:]:
-        smoothed.append(weight * smoothed[-1] + (1 - weight) * value)
+def _smooth(values: NDArray[np.float64], weight: float = 0.6) -> NDArray[np.float64]:
+    """An exponential moving mean, which begins anew after a gap."""
+    smoothed = values.copy()
+    for index, (before, value) in enumerate(pairwise(values), start=1):
+        if np.isfinite(before):
+            smoothed[index] = weight * smoothed[index - 1] + (1 - weight) * value
     return smoothed
 
 

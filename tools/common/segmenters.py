@@ -16,6 +16,7 @@ from common.config import DataConfig, SegmenterConfig, height_width
 from common.errors import UsageError
 from common.weights import load_file
 from detseg_losses.integrations.extras import needs
+from detseg_losses.integrations.samples import did_you_mean
 from detseg_losses.spec import nearest
 
 WIDE = {"hidden_sizes": [64, 128, 320, 512]}
@@ -76,6 +77,9 @@ def _smp(model: SegmenterConfig, channels: int) -> nn.Module:
     if options is None:
         light = {"encoder_depth": 3, "decoder_channels": (64, 32, 16)}
         options = light if model.name.lower() == "unet" else {}
+    encoders = smp.encoders.get_encoder_names()
+    if model.encoder not in encoders and not model.encoder.startswith("tu-"):
+        raise ValueError(f"there is no such encoder{did_you_mean(model.encoder, encoders)}")
     weights = None
     if model.weights == "DEFAULT":
         weights = True if model.encoder.startswith("tu-") else "imagenet"

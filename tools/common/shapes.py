@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from common.errors import UsageError
+
 CLASSES = ("circle", "square", "triangle", "star")
 
 _VERSION = 2  # to be raised with any change to what is drawn: old directories are then left alone
@@ -45,6 +47,9 @@ def make_shapes(
     Returns:
         The directory, with ``annotations/instances_{train,val}.json`` (boxes, polygons, areas)
         and ``{train,val}/*.png``.
+
+    Raises:
+        UsageError: if ``root`` is a file, or holds anything else than such data sets.
     """
     if size < 48:
         raise ValueError(f"shapes of {size} pixels were asked for; the smallest size is 48")
@@ -53,6 +58,14 @@ def make_shapes(
     directory = root / f"shapes-v{_VERSION}-{size}px-{number}+{validation}-seed{seed}"
     if directory.is_dir():
         return directory
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"data.root {root} is a file, and shapes are drawn into a folder")
+    others = [f.name for f in root.glob("*") if not f.name.startswith((".", "shapes-v"))]
+    if others:
+        raise UsageError(
+            f"{root} holds {min(others)!r}, and shapes are drawn into a folder of their own alone: "
+            "name another one as data.root, or data.format if this is a data set"
+        )
     root.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".shapes-", dir=root))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
@@ -24,21 +25,17 @@ def load_file(model: nn.Module, file: Path, classes: list[str]) -> str:
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise UsageError(f"model.weights {file}: there is no state dict in this file")
     return load_matching(model, content, str(file), classes)
 
 
-def load_matching(
-    model: nn.Module, state: dict[str, Tensor], origin: str, classes: list[str]
-) -> str:
+def load_matching(model: nn.Module, state: Any, origin: str, classes: list[str]) -> str:
     """Load a state dict of a backbone, an encoder or a whole model, whichever its keys show it is.
 
     Of a detector for COCO the outputs of the classes that have the same names are taken over.
 
     Args:
         model: receives the weights, in place.
-        state: the weights.
+        state: the weights; what is not a tensor in it is ignored.
         origin: where they are from, for messages.
         classes: names of the classes of ``model``.
 
@@ -46,13 +43,17 @@ def load_matching(
         A line that says how many tensors match in name and shape.
 
     Raises:
-        UsageError: if less than half of them do.
+        UsageError: if there is no tensor, or less than half of them do.
     """
     state = {
         key: value
-        for key, value in state.items()
-        if isinstance(value, Tensor) and not key.endswith("num_batches_tracked")
+        for key, value in (state.items() if isinstance(state, dict) else ())
+        if isinstance(key, str)
+        and isinstance(value, Tensor)
+        and not key.endswith("num_batches_tracked")
     }
+    if not state:
+        raise UsageError(f"model.weights {origin}: there is no state dict in this file")
     own = model.state_dict()
     _select_coco_classes(state, own, classes)
 
