@@ -18,7 +18,6 @@ from torch.autograd import forward_ad
 from .base import has_graph
 
 Kind = Literal["iou", "giou", "diou", "ciou"]
-Slopes = tuple[Tensor | None, Tensor | None]
 
 BLOCK = 1 << 13
 """Boxes that the CPU computes at once, so that their temporaries stay in the caches."""
@@ -82,7 +81,7 @@ class _BoxLosses(torch.autograd.Function):
     def forward(
         ctx: Any, boxes1: Tensor, boxes2: Tensor, kind: Kind, eps: float, formula: Any
     ) -> Tensor:
-        losses, slopes = _in_blocks(kind, boxes1, boxes2, eps, ctx.needs_input_grad[:2])
+        losses, *slopes = _in_blocks(kind, boxes1, boxes2, eps, ctx.needs_input_grad[:2])
         ctx.save_for_backward(boxes1, boxes2, *slopes)
         ctx.formula = formula
         return losses
@@ -102,47 +101,51 @@ class _BoxLosses(torch.autograd.Function):
 
 def _in_blocks(
     kind: Kind, boxes1: Tensor, boxes2: Tensor, eps: float, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Slopes]:
-    """The losses ``(*)`` and, where wanted, their slopes ``(*, 4)`` with respect to either box."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The losses ``(*)`` and, where wanted, their slopes ``(*, 4)`` by either box."""
     one, other = boxes1.reshape(-1, 4), boxes2.reshape(-1, 4)
-    size = BLOCK if one.device.type == "cpu" else max(len(one), 1)
-    parts = zip(one.split(size), other.split(size), strict=True)
-    found = [_evaluate(kind, *part, eps, wanted) for part in parts]
-    losses, *slopes = (
-        None if blocks[0] is None else blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        for blocks in zip(*found, strict=True)
+    if len(one) <= BLOCK or one.device.type != "cpu":
+        found = _evaluate(kind, one, other, eps, wanted)
+    else:
+        parts = zip(one.split(BLOCK), other.split(BLOCK), strict=True)
+        blocks = [_evaluate(kind, *part, eps, wanted) for part in parts]
+        found = [None if of[0] is None else torch.cat(of) for of in zip(*blocks, strict=True)]
+    shapes = boxes1.shape[:-1], boxes1.shape, boxes1.shape
+    losses, slope1, slope2 = (
+        values if values is None else values.view(shape)
+        for values, shape in zip(found, shapes, strict=True)
     )
-    slope1, slope2 = (slope if slope is None else slope.view(boxes1.shape) for slope in slopes)
-    return losses.view(boxes1.shape[:-1]), (slope1, slope2)
+    return losses, slope1, slope2
 
 
 def _evaluate(
     kind: Kind, boxes1: Tensor, boxes2: Tensor, eps: float, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The losses ``(N,)`` and slopes ``(N, 4)`` of boxes ``(N, 4)``."""
-    pairs = _Pairs(boxes1, boxes2)
-    sides = pairs.lengths.clamp(min=0)
+    intervals = _Intervals(boxes1, boxes2)
+    sides = intervals.lengths.clamp(min=0)
     width, height = sides.unbind(1)
+    areas = width * height
+    overlap, area1, area2, hull = areas.unbind()
 
     # All denominators: the union; for CIoU the squared diagonals of the boxes; that of the hull.
-    overlap, area1, area2 = width[:3] * height[:3]
-    below = pairs.empty({"iou": 1, "giou": 2, "diou": 2, "ciou": 4}[kind])
-    torch.add(area1, area2, out=below[0]).sub_(overlap)
+    union = area2.add_(area1).sub_(overlap)
+    below = areas[2:] if kind == "giou" else areas[2:3]
     if kind == "giou":
-        torch.mul(width[3], height[3], out=below[1])
-        above = below[1] - below[0]
+        above = hull - union
     elif kind != "iou":
-        torch.sum(sides[1 - len(below) :].square(), 1, out=below[1:])
-        offset = pairs.offset()
+        offset = intervals.offset()
         above = offset.square().sum(0).mul_(0.25)
+        squares = sides[1 if kind == "ciou" else 3 :].square().sum(1)
+        below = torch.cat((below, squares))
     none = below < least(below.dtype)
     if eps:
         below[:: max(len(below) - 1, 1)].add_(eps)
     inverse = below.reciprocal_().masked_fill_(none, 0)
+    of_union, of_hull = inverse[0], inverse[-1]
 
-    iou = overlap * inverse[0]
-    same = (sides[0] == sides[3]).all(0).logical_and_(none[0])
-    loss = 1 - (iou + same)
+    ratio = overlap * of_union
+    loss = 1 - torch.where(none[0], (sides[0] == sides[3]).all(0), ratio)
     if kind == "ciou":
         angle1, angle2 = torch.atan2(width[1:3], height[1:3]).masked_fill_(none[1:3], math.pi / 4)
         turn = angle1 - angle2
@@ -150,29 +153,22 @@ def _evaluate(
         alpha = v / (loss + v).add_(eps or torch.finfo(v.dtype).tiny)
         loss.addcmul_(alpha, v)
     if kind != "iou":
-        ratio = above.mul_(inverse[-1])
-        loss += ratio
+        penalty = above.mul_(of_hull)
+        loss += penalty
     losses = loss.to(boxes1.dtype)
     if not any(wanted):
         return losses, None, None
 
     # Slopes by the areas, and by the sides that they are made of.
-    areas = pairs.empty(4 if kind == "giou" else 3)
-    torch.mul(iou, inverse[0], out=areas[1])
+    of_area = ratio.mul_(of_union)
+    of_measure = torch.zeros_like(of_area) if kind == "iou" else of_hull * penalty
     if kind == "giou":
-        areas[1].sub_(inverse[1])
-        torch.addcmul(inverse[1], inverse[1], ratio, value=-1, out=areas[3])
-    torch.add(areas[1], inverse[0], out=areas[0]).neg_()
-    areas[2].copy_(areas[1])
-    slopes = pairs.empty(4, 2)
-    torch.mul(areas, height[: len(areas)], out=slopes[: len(areas), 0])
-    torch.mul(areas, width[: len(areas)], out=slopes[: len(areas), 1])
-    centre = None
+        of_area.sub_(of_hull)
+        of_measure = of_hull - of_measure
+    of_areas = torch.stack(((of_area + of_union).neg_(), of_area, of_area, of_measure))
+    slopes = of_areas.unsqueeze(1) * sides.flip(1)
     if kind in ("diou", "ciou"):
-        torch.mul(sides[3], (ratio * inverse[-1]).mul_(-2), out=slopes[3])
-        centre = offset * inverse[-1]
-    elif kind == "iou":
-        slopes[3].zero_()
+        torch.mul(sides[3], of_measure.mul_(-2), out=slopes[3])
     if kind == "ciou":
         torque = alpha.mul_(turn).mul_(8 / math.pi**2)
         for box, sign in ((1, 1), (2, -1)):
@@ -180,62 +176,63 @@ def _evaluate(
                 pull = torque * inverse[box]
                 slopes[box, 0].addcmul_(pull, height[box], value=sign)
                 slopes[box, 1].addcmul_(pull, width[box], value=-sign)
-    return losses, *pairs.by_corners(slopes, centre, wanted)
+    pull = offset.mul_(of_hull) if kind in ("diou", "ciou") else None
+    return losses, *intervals.by_corners(slopes, pull, wanted)
 
 
-class _Pairs:
-    """The intervals of pairs of boxes, and the way from their slopes back to the corners."""
+class _Intervals:
+    """The intervals of pairs of boxes, and the way from their slopes back to the corners.
+
+    ``bounds`` holds their lower and upper bounds; where a box is inverted its ``ends`` are in
+    order. A length is negative where there is no overlap, or a box is inverted.
+    """
 
     def __init__(self, boxes1: Tensor, boxes2: Tensor) -> None:
         self.dtype, count = boxes1.dtype, len(boxes1)
-        self.boxes = boxes1.new_empty((2, 4, count), dtype=wide(boxes1))
-        self.boxes[0].copy_(boxes1.T)
-        self.boxes[1].copy_(boxes2.T)
-        low, high = self.boxes.view(2, 2, 2, count).unbind(1)
-        self.ends = self.empty(2, 2, 2)  # of the boxes put in order, around which the hull is
-        torch.minimum(low, high, out=self.ends[0])
-        torch.maximum(low, high, out=self.ends[1])
-        self.lengths = self.empty(4, 2)  # negative where there is no overlap, or a box is inverted
-        torch.sub(high.amin(0), low.amax(0), out=self.lengths[0])
-        torch.sub(high, low, out=self.lengths[1:3])
-        torch.sub(self.ends[1].amax(0), self.ends[0].amin(0), out=self.lengths[3])
-
-    def empty(self, *shape: int) -> Tensor:
-        return self.boxes.new_empty((*shape, self.boxes.shape[-1]))
+        self.bounds = boxes1.new_empty((2, 4, 2, count), dtype=wide(boxes1))
+        boxes = torch.stack((boxes1, boxes2)).view(2, count, 2, 2)  # (box, N, bound, axis)
+        self.boxes = self.bounds[:, 1:3].copy_(boxes.permute(2, 0, 3, 1))
+        low, high = self.boxes.unbind()
+        self.ends = torch.empty_like(self.boxes)
+        first, last = self.ends.unbind()
+        torch.minimum(low, high, out=first)
+        torch.maximum(low, high, out=last)
+        torch.amax(low, 0, out=self.bounds[0, 0])
+        torch.amin(high, 0, out=self.bounds[1, 0])
+        torch.amin(first, 0, out=self.bounds[0, 3])
+        torch.amax(last, 0, out=self.bounds[1, 3])
+        self.lengths = self.bounds[1] - self.bounds[0]
 
     def offset(self) -> Tensor:
         """From centre 2 to centre 1, twice."""
-        return (self.boxes[0] - self.boxes[1]).view(2, 2, -1).sum(0)
+        return (self.boxes[:, 0] - self.boxes[:, 1]).sum(0)
 
     def by_corners(
-        self, slopes: Tensor, centre: Tensor | None, wanted: tuple[bool, bool]
+        self, slopes: Tensor, pull: Tensor | None, wanted: tuple[bool, bool]
     ) -> list[Tensor | None]:
-        """Slopes of boxes ``(N, 4)`` from those of the sides and of the offset.
+        """Slopes of boxes ``(N, 4)`` from those by the lengths and, twice, by the offset.
 
-        A corner rules the overlap where it is the inner one, the hull where it is the outer one,
-        and half of each where two are equal.
+        A corner rules the overlap where it is the inner one of two and the hull where it is the
+        outer one; where both are equal each rules half.
         """
         slopes = torch.ops.aten.threshold_backward(
             slopes, self.lengths, -torch.finfo(slopes.dtype).tiny
         )
-        overlap, hull = slopes[0], slopes[3]
-        beyond = torch.sub(self.ends[:, 1], self.ends[:, 0]).sign_()  # of box 2
-        aside, inside = beyond[0] + beyond[1], beyond[0] - beyond[1]
-        move = (overlap - hull).mul_(aside).mul_(0.25)
-        if centre is not None:
-            move.add_(centre, alpha=0.5)
+        overlap, *of_boxes, hull = slopes.unbind()
+        below, above = (self.ends[:, 1] - self.ends[:, 0]).sign_().unbind()  # of box 2, from box 1
+        move = (overlap - hull).mul_(below + above).mul_(0.25)
+        if pull is not None:
+            move.add_(pull, alpha=0.5)
+        inside = below - above
         limit = steepest(self.dtype)
         found: list[Tensor | None] = [None, None]
-        for box, sign in ((0, 1), (1, -1)):
-            if not wanted[box]:
-                continue
-            outward = self.lengths[1 + box].sign().mul_(hull)
-            grow = torch.add(slopes[1 + box], overlap + outward, alpha=0.5)
-            grow.addcmul_(inside, overlap - outward, value=-0.25 * sign)
-            corners = self.empty(2, 2)
-            torch.add(grow, move, alpha=-sign, out=corners[0]).neg_()
-            torch.add(grow, move, alpha=sign, out=corners[1])
-            corners.clamp_(-limit, limit)
-            found[box] = corners.new_empty((corners.shape[-1], 4), dtype=self.dtype)
-            found[box].T.copy_(corners.view(4, -1))
+        for box, of_box in enumerate(of_boxes):
+            if wanted[box]:
+                if box == 1:  # which sees the other one on the other side
+                    move, inside = -move, -inside
+                outward = self.lengths[1 + box].sign().mul_(hull)
+                grow = torch.add(of_box, overlap + outward, alpha=0.5)
+                grow.addcmul_(inside, overlap - outward, value=-0.25)
+                corners = torch.cat((move - grow, move + grow)).clamp_(-limit, limit)
+                found[box] = corners.T.to(self.dtype, memory_format=torch.contiguous_format)
         return found
