@@ -42,15 +42,9 @@ def steepest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max * torch.finfo(dtype).eps
 
 
-def traced() -> bool:
-    """Whether something else than autograd's backward differentiates, maps or compiles what is
-    computed: ``torch.compile``, ``torch.func``, forward-mode differentiation. It needs a formula.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+def transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation sees every operation by itself."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def box_losses(

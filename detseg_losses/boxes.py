@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import Loss, Reduction, check_choice, compute_dtype, reduce, register
-from .box_kernel import Kind, box_losses, least, steepest, traced, wide
+from .box_kernel import Kind, box_losses, least, steepest, transformed, wide
 
 IoUMode = Literal["linear", "log", "square"]
 
@@ -401,7 +401,7 @@ class _Pair:
         self.reduction = reduction
         self.dtype = boxes1.dtype
         self.eps = eps
-        boxes1, boxes2 = _Widen.apply(boxes1), _Widen.apply(boxes2)
+        boxes1, boxes2 = _widened(boxes1), _widened(boxes2)
         low1, high1 = boxes1[..., :2], boxes1[..., 2:]
         low2, high2 = boxes2[..., :2], boxes2[..., 2:]
         # Around all corners, for those of an inverted box are in another order.
@@ -473,7 +473,7 @@ def _kernel_loss(
         return pair.reduce(_FORMULAS[kind](pair))
 
     boxes1, boxes2 = _checked(boxes1, boxes2, reduction, validate)
-    if traced():
+    if torch.compiler.is_compiling() or transformed():
         return reduce(formula(boxes1, boxes2), reduction)
     return reduce(box_losses(kind, boxes1, boxes2, eps, formula), reduction)
 
@@ -498,8 +498,6 @@ def _checked(
 class _Widen(torch.autograd.Function):
     """Boxes in the dtype to compute in; their gradient in their own, bounded to be finite there."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(boxes: Tensor) -> Tensor:
         return boxes.to(wide(boxes), copy=True)
@@ -513,9 +511,13 @@ class _Widen(torch.autograd.Function):
         limit = steepest(ctx.dtype)
         return grad.clamp(-limit, limit).to(ctx.dtype)
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.to(wide(tangent), copy=True)
+
+def _widened(boxes: Tensor) -> Tensor:
+    # torch.func and forward mode have no rule for a class with a backward of its own; there the
+    # gradient of boxes below 1e-31 may overflow.
+    if not torch.compiler.is_compiling() and transformed():
+        return boxes.to(wide(boxes))
+    return _Widen.apply(boxes)
 
 
 def _lengths(differences: Tensor) -> Tensor:
