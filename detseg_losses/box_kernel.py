@@ -19,7 +19,7 @@ from .base import has_graph
 
 Kind = Literal["iou", "giou", "diou", "ciou"]
 
-BLOCK = 1 << 13
+BLOCK = 1 << 14
 """Boxes that the CPU computes at once, so that their temporaries stay in the caches."""
 
 
@@ -160,7 +160,9 @@ def _evaluate(
         of_area.sub_(of_hull)
         of_measure = of_hull - of_measure
     of_areas = torch.stack(((of_area + of_union).neg_(), of_area, of_area, of_measure))
-    slopes = of_areas.unsqueeze(1) * sides.flip(1)
+    slopes = torch.empty_like(sides)
+    torch.mul(of_areas, height, out=slopes[:, 0])
+    torch.mul(of_areas, width, out=slopes[:, 1])
     if kind in ("diou", "ciou"):
         torch.mul(sides[3], of_measure.mul_(-2), out=slopes[3])
     if kind == "ciou":
@@ -209,11 +211,10 @@ class _Intervals:
         A corner rules the overlap where it is the inner one of two and the hull where it is the
         outer one; where both are equal each rules half.
         """
-        slopes = torch.ops.aten.threshold_backward(
-            slopes, self.lengths, -torch.finfo(slopes.dtype).tiny
-        )
+        negative = -torch.finfo(slopes.dtype).tiny
+        torch.ops.aten.threshold_backward(slopes, self.lengths, negative, grad_input=slopes)
         overlap, *of_boxes, hull = slopes.unbind()
-        below, above = (self.ends[:, 1] - self.ends[:, 0]).sign_().unbind()  # of box 2, from box 1
+        below, above = self.ends[:, 1].sub_(self.ends[:, 0]).sign_()  # of box 2, from box 1
         move = (overlap - hull).mul_(below + above).mul_(0.25)
         if pull is not None:
             move.add_(pull, alpha=0.5)
@@ -227,6 +228,9 @@ class _Intervals:
                 outward = self.lengths[1 + box].sign().mul_(hull)
                 grow = torch.add(of_box, overlap + outward, alpha=0.5)
                 grow.addcmul_(inside, overlap - outward, value=-0.25)
-                corners = torch.cat((move - grow, move + grow)).clamp_(-limit, limit)
-                found[box] = corners.T.to(self.dtype, memory_format=torch.contiguous_format)
+                corners = self.bounds.new_empty((2, *grow.shape))
+                torch.sub(move, grow, out=corners[0])
+                torch.add(move, grow, out=corners[1])
+                planes = corners.clamp_(-limit, limit).view(4, -1)
+                found[box] = planes.T.to(self.dtype, memory_format=torch.contiguous_format)
         return found
