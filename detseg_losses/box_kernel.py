@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from .base import has_graph
 
 Kind = Literal["iou", "giou", "diou", "ciou"]
+Formula = Callable[[Tensor, Tensor], Tensor]
 
 BLOCK = 1 << 14
 """Boxes that the CPU computes at once, so that their temporaries stay in the caches."""
@@ -52,7 +53,7 @@ def box_losses(
     boxes1: Tensor,
     boxes2: Tensor,
     eps: float,
-    formula: Callable[[Tensor, Tensor], Tensor],
+    formula: Formula,
 ) -> Tensor:
     """The losses ``(*)`` of boxes ``(*, 4)`` of one floating dtype, which is theirs too.
 
@@ -73,49 +74,45 @@ class _BoxLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, boxes1: Tensor, boxes2: Tensor, kind: Kind, eps: float, formula: Any
+        ctx: Any, boxes1: Tensor, boxes2: Tensor, kind: Kind, eps: float, formula: Formula
     ) -> Tensor:
-        losses, *slopes = _in_blocks(kind, boxes1, boxes2, eps, ctx.needs_input_grad[:2])
+        ctx.wanted, ctx.formula = ctx.needs_input_grad[:2], formula
+        losses, *slopes = _in_blocks(kind, boxes1, boxes2, eps, ctx.wanted)
         ctx.save_for_backward(boxes1, boxes2, *slopes)
-        ctx.formula = formula
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         boxes1, boxes2, *slopes = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            grad = grad.unsqueeze(-1)
-            return *(None if slope is None else grad * slope for slope in slopes), None, None, None
-        # Someone wants the graph of the gradient. As views the boxes do not depend on each other.
-        boxes = boxes1.view_as(boxes1), boxes2.view_as(boxes2)
-        wanted = [box for box, slope in zip(boxes, slopes, strict=True) if slope is not None]
-        found = iter(torch.autograd.grad(ctx.formula(*boxes), wanted, grad, create_graph=True))
-        return *(None if slope is None else next(found) for slope in slopes), None, None, None
+        if torch.is_grad_enabled():
+            # Someone wants the gradient's own graph. Views keep apart boxes that depend on others.
+            boxes = boxes1.view_as(boxes1), boxes2.view_as(boxes2)
+            wanted = [box for box, want in zip(boxes, ctx.wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(ctx.formula(*boxes), wanted, grad, create_graph=True))
+        else:
+            found = iter([grad.unsqueeze(-1) * slope for slope in slopes])
+        return *(next(found) if want else None for want in ctx.wanted), None, None, None
 
 
 def _in_blocks(
     kind: Kind, boxes1: Tensor, boxes2: Tensor, eps: float, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The losses ``(*)`` and, where wanted, their slopes ``(*, 4)`` by either box."""
+) -> list[Tensor]:
+    """The losses ``(*)``, and the slopes ``(*, 4)`` by the boxes of which they are wanted."""
     one, other = boxes1.reshape(-1, 4), boxes2.reshape(-1, 4)
     if len(one) <= BLOCK or one.device.type != "cpu":
         found = _evaluate(kind, one, other, eps, wanted)
     else:
         parts = zip(one.split(BLOCK), other.split(BLOCK), strict=True)
         blocks = [_evaluate(kind, *part, eps, wanted) for part in parts]
-        found = [None if of[0] is None else torch.cat(of) for of in zip(*blocks, strict=True)]
-    shapes = boxes1.shape[:-1], boxes1.shape, boxes1.shape
-    losses, slope1, slope2 = (
-        values if values is None else values.view(shape)
-        for values, shape in zip(found, shapes, strict=True)
-    )
-    return losses, slope1, slope2
+        found = [torch.cat(values) for values in zip(*blocks, strict=True)]
+    losses, *slopes = found
+    return [losses.view(boxes1.shape[:-1]), *(slope.view(boxes1.shape) for slope in slopes)]
 
 
 def _evaluate(
     kind: Kind, boxes1: Tensor, boxes2: Tensor, eps: float, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The losses ``(N,)`` and slopes ``(N, 4)`` of boxes ``(N, 4)``."""
+) -> list[Tensor]:
+    """The same of boxes ``(N, 4)``, all at once."""
     intervals = _Intervals(boxes1, boxes2)
     sides = intervals.lengths.clamp(min=0)
     width, height = sides.unbind(1)
@@ -151,7 +148,7 @@ def _evaluate(
         loss += penalty
     losses = loss.to(boxes1.dtype)
     if not any(wanted):
-        return losses, None, None
+        return [losses]
 
     # Slopes by the areas, and by the sides that they are made of.
     of_area = ratio.mul_(of_union)
@@ -173,7 +170,7 @@ def _evaluate(
                 slopes[box, 0].addcmul_(pull, height[box], value=sign)
                 slopes[box, 1].addcmul_(pull, width[box], value=-sign)
     pull = offset.mul_(of_hull) if kind in ("diou", "ciou") else None
-    return losses, *intervals.by_corners(slopes, pull, wanted)
+    return [losses, *intervals.by_corners(slopes, pull, wanted)]
 
 
 class _Intervals:
@@ -205,7 +202,7 @@ class _Intervals:
 
     def by_corners(
         self, slopes: Tensor, pull: Tensor | None, wanted: tuple[bool, bool]
-    ) -> list[Tensor | None]:
+    ) -> list[Tensor]:
         """Slopes of boxes ``(N, 4)`` from those by the lengths and, twice, by the offset.
 
         A corner rules the overlap where it is the inner one of two and the hull where it is the
@@ -220,7 +217,7 @@ class _Intervals:
             move.add_(pull, alpha=0.5)
         inside = below - above
         limit = steepest(self.dtype)
-        found: list[Tensor | None] = [None, None]
+        found = []
         for box, of_box in enumerate(of_boxes):
             if wanted[box]:
                 if box == 1:  # which sees the other one on the other side
@@ -232,5 +229,5 @@ class _Intervals:
                 torch.sub(move, grow, out=corners[0])
                 torch.add(move, grow, out=corners[1])
                 planes = corners.clamp_(-limit, limit).view(4, -1)
-                found[box] = planes.T.to(self.dtype, memory_format=torch.contiguous_format)
+                found.append(planes.T.to(self.dtype, memory_format=torch.contiguous_format))
         return found
