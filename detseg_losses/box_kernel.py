@@ -208,8 +208,7 @@ class _Intervals:
         A corner rules the overlap where it is the inner one of two and the hull where it is the
         outer one; where both are equal each rules half.
         """
-        negative = -torch.finfo(slopes.dtype).tiny
-        torch.ops.aten.threshold_backward(slopes, self.lengths, negative, grad_input=slopes)
+        slopes.masked_fill_(self.lengths < 0, 0)
         overlap, *of_boxes, hull = slopes.unbind()
         below, above = self.ends[:, 1].sub_(self.ends[:, 0]).sign_()  # of box 2, from box 1
         move = (overlap - hull).mul_(below + above).mul_(0.25)
