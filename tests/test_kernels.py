@@ -52,7 +52,9 @@ def test_an_operator_of_unknown_kernels_fails() -> None:
     """Not overlooked: it runs three kernels that no dispatch mode sees."""
     x = torch.empty(N, device="meta")
     with (
-        pytest.raises(NotImplementedError, match=r"soft_margin_loss.default may run several kernels"),
+        pytest.raises(
+            NotImplementedError, match=r"soft_margin_loss.default may run several kernels"
+        ),
         Kernels(),
     ):
         torch.ops.aten.soft_margin_loss(x, x)
