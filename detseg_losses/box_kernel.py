@@ -20,8 +20,11 @@ from .base import has_graph
 Kind = Literal["iou", "giou", "diou", "ciou"]
 Formula = Callable[[Tensor, Tensor], Tensor]
 
-BLOCK = 1 << 14
-"""Boxes that the CPU computes at once, so that their temporaries stay in the caches."""
+BLOCK = 1 << 15
+"""Boxes that the CPU computes at once, at least: of fewer numbers PyTorch gives none to a second
+thread, while the temporaries of many more leave the caches. Of 100,000 boxes a tenth to a fifth of
+the time is saved against one block.
+"""
 
 
 def wide(boxes: Tensor) -> torch.dtype:
@@ -99,10 +102,11 @@ def _in_blocks(
 ) -> list[Tensor]:
     """The losses ``(*)``, and the slopes ``(*, 4)`` by the boxes of which they are wanted."""
     one, other = boxes1.reshape(-1, 4), boxes2.reshape(-1, 4)
-    if len(one) <= BLOCK or one.device.type != "cpu":
+    count = len(one) // BLOCK if one.device.type == "cpu" else 1
+    if count <= 1:
         found = _evaluate(kind, one, other, eps, wanted)
     else:
-        parts = zip(one.split(BLOCK), other.split(BLOCK), strict=True)
+        parts = zip(one.chunk(count), other.chunk(count), strict=True)
         blocks = [_evaluate(kind, *part, eps, wanted) for part in parts]
         found = [torch.cat(values) for values in zip(*blocks, strict=True)]
     losses, *slopes = found
