@@ -383,7 +383,7 @@ class _AllReduce(torch.autograd.Function):
         return total
 
 
-def mean_of_sums(sums: Tensor, counts: Tensor | float, *, per_image: bool, sync: bool) -> Tensor:
+def mean_of_sums(sums: Tensor, counts: Tensor | int, *, per_image: bool, sync: bool) -> Tensor:
     """Sums ``(B,)`` over counts ``(B,)``: of the batch as one, or the mean of each image's.
 
     A number stands for the count of every image. With ``sync`` the batch is that of all processes,
@@ -391,13 +391,16 @@ def mean_of_sums(sums: Tensor, counts: Tensor | float, *, per_image: bool, sync:
     takes of the gradients is that of one process.
     """
     world = processes(sync)
-    if world == 1 and not isinstance(counts, Tensor):
-        return sums.sum() / max(counts * len(sums), 1)
-    if not isinstance(counts, Tensor):
+    if isinstance(counts, int):
+        if world == 1:
+            return _total(sums) / max(counts * len(sums), 1)
         counts = sums.new_full((len(sums),), counts)
     if per_image:
         sums, counts = divide(sums, counts), torch.ones_like(counts)
-    total, count = sums.sum(), counts.sum()
-    if world == 1:
-        return divide(total, count)
-    return divide(total * world, world_sum(count, sync))
+    total, count = _total(sums), world_sum(_total(counts), sync)
+    total = total if world == 1 else total * world
+    return divide(total, count) if count.is_floating_point() else total / count.clamp(min=1)
+
+
+def _total(values: Tensor) -> Tensor:
+    return values.squeeze(0) if len(values) == 1 else values.sum()

@@ -400,7 +400,8 @@ class Pixels:
         counts: Any = loss.shape[1] if self.per_image else loss.numel()
         weights = [each for each in (self.class_weight, weight, kept) if each is not None]
         if weights:
-            counts = self._rows(functools.reduce(operator.mul, weights)).sum(-1, dtype=loss.dtype)
+            product = self._rows(functools.reduce(operator.mul, weights))
+            counts = product.sum(-1, dtype=loss.dtype if product.is_floating_point() else None)
         sums = self._rows(loss).sum(-1)
         return mean_of_sums(sums, counts, per_image=self.per_image, sync=self.sync)
 

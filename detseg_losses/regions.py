@@ -503,12 +503,9 @@ class Regions:
         if self.reduction == "sum":
             return weights * processes(self.sync) if self.per_image else weights
         total = weights.sum(-1, keepdim=True)
-        # Without class weights they are counted, and only a count of none must not divide.
-        share = (
-            divide(weights, total)
-            if self.class_weights is not None
-            else weights / total.clamp_(min=1)
-        )
+        # Without class weights it is a number of classes, and only none must not divide.
+        counted = self.class_weights is None
+        share = weights / total.clamp(min=1) if counted else divide(weights, total)
         if not self.per_image:
             return share
         images = weights.new_full((), len(weights))

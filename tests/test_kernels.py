@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detseg_losses import LOSSES
+from detseg_losses import LOSSES, build_loss
 from kernels import Kernels, kernels_of
 
 N = 100
@@ -72,3 +72,27 @@ def test_kernels_of_boxes(name: str, budget: int) -> None:
     with Kernels() as found:
         loss(a.detach(), b)
     assert len(found) <= budget * 0.6, "no gradient is wanted"
+
+
+def masks(spec: str, *shape: int, **options: object) -> tuple[int, float]:
+    """Kernels, and bytes for a byte of logits, of a loss of class indices and its gradient."""
+    x = torch.empty(shape, device="meta", requires_grad=True)
+    y = torch.empty(shape[0], *shape[2:], dtype=torch.long, device="meta")
+    loss = build_loss(spec, kind="segmentation", **options)
+    found = kernels_of(lambda: loss(x, y))
+    return len(found), found.bytes / x.nbytes
+
+
+def test_kernels_of_cross_entropy_and_dice() -> None:
+    """A softmax and its gradient alone read or write the logits seven times."""
+    kernels, traffic = masks("ce+dice", 4, 21, 512, 512)
+    assert kernels <= 50
+    assert traffic <= 12
+    more, _ = masks("ce+dice+tversky+jaccard", 4, 21, 512, 512)
+    assert more <= kernels + 2 * 3
+    kernels, traffic = masks("ce+dice", 2, 150, 512, 512)
+    assert kernels <= 50
+    assert traffic <= 10
+    kernels, traffic = masks("ce+dice", 4, 21, 512, 512, ignore_index=255)
+    assert kernels <= 58
+    assert traffic <= 15
