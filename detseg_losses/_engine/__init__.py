@@ -1,1 +1,1 @@
-"""What touches the logits: see README.md in this folder."""
+"""What touches the logits; README.md in this folder says how."""
