@@ -484,7 +484,8 @@ class Regions:
         if self.batch.dense:
             rest = replace(self.batch, target=1 - self.batch.target.to(self.batch.dtype))
             return self.pool(ground_truth(rest))
-        return self.true @ (1 - torch.eye(self.true.shape[-1]).to(self.true))
+        others = 1 - torch.eye(self.true.shape[-1]).to(self.true)
+        return (self.true.unsqueeze(-2) * others).sum(-1)  # autocast would round a matrix product
 
     @lazy
     def present(self) -> Tensor:
