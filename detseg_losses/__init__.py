@@ -118,10 +118,6 @@ from .spec import (
     UnifiedFocalLoss,
     build_loss,
 )
-from .statistics import (
-    Statistics,
-    statistics,
-)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -171,7 +167,6 @@ __all__ = [
     "SoftmaxFocalLoss",
     "SpecError",
     "SquaredDiceLoss",
-    "Statistics",
     "SymmetricCrossEntropyLoss",
     "TverskyLoss",
     "UnifiedFocalLoss",
@@ -218,7 +213,6 @@ __all__ = [
     "smooth_l1_loss",
     "softmax_focal_loss",
     "squared_dice_loss",
-    "statistics",
     "symmetric_cross_entropy_loss",
     "tversky_loss",
     "varifocal_loss",

@@ -114,7 +114,10 @@ class Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.known = self.defaults()  # held, for torch.compile cannot read signatures
+        # Held, for torch.compile cannot read signatures.
+        self.known = self.defaults()
+        own = [*inspect.signature(self.function).parameters][2:]
+        self.own = [name for name in own if name in self.known and name != "reduction"]
         for option, value in options.items():
             if option not in self.known:
                 raise TypeError(
@@ -165,6 +168,26 @@ class Loss(nn.Module):
             elif value != self.known[option]:
                 arguments.append(f"{option}={value!r}")
         return f"{self.name}({', '.join(arguments)})" if arguments else self.name
+
+
+class FormulaLoss(Loss):
+    """A loss that is a formula on statistics, which the losses of a sum share."""
+
+    formula: ClassVar[Callable[..., Any]]
+    """Makes the formula from the options that are of the function alone."""
+
+    def made(self) -> Any:
+        """The formula with the options of this module, and in this step."""
+        options = self.options
+        return type(self).formula(**{name: options[name] for name in self.own})
+
+    def needs(self) -> list[Any]:
+        """What the statistics have to hold."""
+        return self.made().needs()
+
+    def evaluate(self, statistics: Any) -> Tensor:
+        """The loss of the batch that the statistics are of."""
+        raise NotImplementedError
 
 
 LOSSES: dict[str, type[Loss]] = {}
@@ -231,13 +254,6 @@ def class_balanced_weights(counts: Tensor | Sequence[float], beta: float = 0.999
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Losses are computed in float32, or in float64 where the logits are float64."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def exp_(values: Tensor) -> Tensor:
-    """``values.exp_()`` as a power of 2, which takes half the time on the CPU. And where it is used
-    twice, a compiler computes it twice, which is faster than to store it as it does an exp.
-    """
-    return values.mul_(1 / math.log(2)).exp2_()
 
 
 class lazy:
@@ -360,12 +376,24 @@ class _AllReduce(torch.autograd.Function):
         return total
 
 
-def mean_of_sums(sums: Tensor, counts: Tensor, *, per_image: bool, sync: bool) -> Tensor:
+def mean_of_sums(sums: Tensor, counts: Tensor | int, *, per_image: bool, sync: bool) -> Tensor:
     """Sums ``(B,)`` over counts ``(B,)``: of the batch as one, or the mean of each image's.
 
-    With ``sync`` the batch is that of all processes, and the result of each process is scaled so
-    that the average which DistributedDataParallel takes of the gradients is that of one process.
+    A number stands for the count of every image. With ``sync`` the batch is that of all processes,
+    and the result of each process is scaled so that the average which DistributedDataParallel
+    takes of the gradients is that of one process.
     """
+    world = processes(sync)
+    if isinstance(counts, int):
+        if world == 1:
+            return _total(sums) / max(counts * len(sums), 1)
+        counts = sums.new_full((len(sums),), counts)
     if per_image:
         sums, counts = divide(sums, counts), torch.ones_like(counts)
-    return divide(sums.sum() * processes(sync), world_sum(counts.sum(), sync))
+    total, count = _total(sums), world_sum(_total(counts), sync)
+    total = total if world == 1 else total * world
+    return divide(total, count) if count.is_floating_point() else total / count.clamp(min=1)
+
+
+def _total(values: Tensor) -> Tensor:
+    return values.squeeze(0) if len(values) == 1 else values.sum()

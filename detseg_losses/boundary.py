@@ -18,14 +18,14 @@ from .checks import (
     in_blocks,
     read_target,
 )
-from .regions import RegionOptions, region_batch, regions
+from .regions import RegionOptions, Regions, _region_loss, region_batch
 from .statistics import weighted_counts
 
 
 @checked()
 def boundary_loss(
     logits: Tensor,
-    target: Tensor | None = None,
+    target: Tensor,
     *,
     distance: Tensor | None = None,
     spacing: Tensor | Sequence[float] | float = 1.0,
@@ -65,8 +65,7 @@ def boundary_loss(
             f"distance {tuple(distance.shape)} does not fit logits {tuple(logits.shape)}"
         )
     check_constant("distance", distance)
-    s = weighted_counts(batch, distance.reshape(batch.logits.shape))
-    r = regions(s, None, **options)
+    r = Regions(weighted_counts(batch, distance.reshape(batch.logits.shape)), **options)
     return r.reduce(divide(r.tp, r.valid))
 
 
@@ -194,5 +193,5 @@ class BoundaryLoss(Loss):
     """Module form of :func:`boundary_loss`."""
 
     function = staticmethod(boundary_loss)
-    common = staticmethod(regions)
+    common = staticmethod(_region_loss)
     extra = ("distance",)

@@ -9,13 +9,15 @@ at least 1. Losses for which any of this cannot hold say so.
 from __future__ import annotations
 
 import math
-from typing import Literal, TypedDict
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, compute_dtype, divide, reduce, register
+from .base import Loss, compute_dtype, reduce, register
+from .box_kernel import Kind, box_losses, least, steepest, transformed, wide
 from .checks import POSITIVE, Choice, check_tensors, checked
 
 IoUMode = Literal["linear", "log", "square"]
@@ -61,10 +63,10 @@ def iou_loss(
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
+    if mode == "linear":
+        return _kernel_loss("iou", boxes1, boxes2, eps, reduction, validate)
     pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
-    if mode == "log":
-        return pair.reduce(-pair.iou.clamp(min=1e-6).log())
-    return pair.reduce(1 - (pair.iou if mode == "linear" else pair.iou.square()))
+    return pair.reduce(-pair.iou.clamp(min=1e-6).log() if mode == "log" else 1 - pair.iou.square())
 
 
 @checked()
@@ -92,10 +94,7 @@ def generalized_box_iou_loss(
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
-    pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
-    width, height = pair.enclosing
-    area = width * height
-    return pair.reduce(1 - pair.iou + divide(area - pair.union, area + pair.eps))
+    return _kernel_loss("giou", boxes1, boxes2, eps, reduction, validate)
 
 
 @checked()
@@ -124,8 +123,7 @@ def distance_box_iou_loss(
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
-    pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
-    return pair.reduce(1 - pair.iou + pair.distance())
+    return _kernel_loss("diou", boxes1, boxes2, eps, reduction, validate)
 
 
 @checked()
@@ -156,10 +154,7 @@ def complete_box_iou_loss(
     Raises:
         ValueError: on shapes that differ or do not end in 4.
     """
-    pair = _Pair(boxes1, boxes2, eps, reduction=reduction, validate=validate)
-    v = (4 / math.pi**2) * (_angle(pair.size2) - _angle(pair.size1)).square()
-    alpha = divide(v, 1 - pair.iou + v + eps).detach()
-    return pair.reduce(1 - pair.iou + pair.distance() + alpha * v)
+    return _kernel_loss("ciou", boxes1, boxes2, eps, reduction, validate)
 
 
 @checked()
@@ -248,8 +243,8 @@ def siou_loss(
     for offset, side, one, other in zip(
         pair.offset, pair.enclosing, pair.size1, pair.size2, strict=True
     ):
-        distance = -torch.expm1(-sharpness * divide(offset, side).square())
-        shape = -torch.expm1(-divide((one - other).abs(), torch.max(one, other)))
+        distance = -torch.expm1(-sharpness * _ratio(offset, side).square())
+        shape = -torch.expm1(-_ratio((one - other).abs(), torch.max(one, other)))
         loss = loss + (distance + _power(shape, theta)) / 2
     return pair.reduce(loss)
 
@@ -284,8 +279,8 @@ def mpdiou_loss(
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     if diagonal is None:
-        return pair.reduce(1 - pair.iou + divide(pair.corners(), pair.diagonal()))
-    return pair.reduce(1 - pair.iou + pair.corners() * (pair.unit / diagonal).square())
+        return pair.reduce(1 - pair.iou + _ratio(pair.corners(), pair.diagonal()))
+    return pair.reduce(1 - pair.iou + pair.corners() / diagonal**2)
 
 
 @checked(alpha=POSITIVE)
@@ -328,7 +323,7 @@ def wiou_loss(
     pair = _Pair(boxes1, boxes2, 0, **options)
     dx, dy = pair.offset
     square = dx.square() + dy.square()
-    loss = divide(square, pair.diagonal().detach()).exp() * (1 - pair.iou)
+    loss = _ratio(square, pair.diagonal().detach()).exp() * (1 - pair.iou)
     if mean is not None:
         beta = (1 - pair.iou.detach()) / mean
         loss = beta / delta * alpha ** (delta - beta) * loss
@@ -387,15 +382,12 @@ def nwd_loss(
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     square = pair.corners() / 2  # which is W^2, in other coordinates
-    length = torch.where(square > 0, square, 1).sqrt() * (pair.unit / constant)
+    length = torch.where(square > 0, square, 1).sqrt() / constant
     return pair.reduce(torch.where(square > 0, -torch.expm1(-length), 0))
 
 
 class _Pair:
-    """What the family knows of two boxes, each ``(*)``.
-
-    Lengths are in units of the box around both, so that no square of them over- or underflows.
-    """
+    """What the family knows of two boxes, each ``(*)``, in the dtype of :func:`wide`."""
 
     def __init__(
         self,
@@ -406,46 +398,27 @@ class _Pair:
         reduction: str = "none",
         validate: bool = False,
     ) -> None:
-        check_tensors(boxes1=boxes1, boxes2=boxes2)
-        if boxes1.shape != boxes2.shape or boxes1.shape[-1:] != (4,):
-            raise ValueError(
-                f"boxes must have one shape (*, 4): {tuple(boxes1.shape)}, {tuple(boxes2.shape)}"
-            )
+        boxes1, boxes2 = _checked(boxes1, boxes2, validate)
         self.reduction = reduction
-        self.boxes1 = boxes1.to(compute_dtype(boxes1.dtype))
-        self.boxes2 = boxes2.to(self.boxes1.dtype)
-        if validate:
-            _check_boxes("boxes1", self.boxes1)
-            _check_boxes("boxes2", self.boxes2)
-        low1, high1 = self.boxes1[..., :2], self.boxes1[..., 2:]
-        low2, high2 = self.boxes2[..., :2], self.boxes2[..., 2:]
+        self.dtype = boxes1.dtype
+        self.eps = eps
+        boxes1, boxes2 = _widened(boxes1), _widened(boxes2)
+        low1, high1 = boxes1[..., :2], boxes1[..., 2:]
+        low2, high2 = boxes2[..., :2], boxes2[..., 2:]
         # Around all corners, for those of an inverted box are in another order.
         end = torch.max(torch.max(low1, high1), torch.max(low2, high2))
-        sides = end - torch.min(torch.min(low1, high1), torch.min(low2, high2))
-        unit = sides.detach().amax(-1, keepdim=True)
-        # What is too small for its reciprocal has no size: two boxes are points, or one a line.
-        number = torch.finfo(unit.dtype)
-        scale = torch.where(unit > number.tiny / number.eps, 1 / unit, 0)
-
-        def lengths(differences: Tensor) -> tuple[Tensor, ...]:
-            found = differences.clamp(min=0) * scale
-            return found.masked_fill((found > 0) & (found < number.eps**2), 0).unbind(-1)
-
-        self.unit = unit.squeeze(-1)
-        self.eps = (eps * scale * scale).squeeze(-1)
-        self.size1 = lengths(high1 - low1)
-        self.size2 = lengths(high2 - low2)
-        self.enclosing = lengths(sides)
-        self.shift = (self.boxes1 - self.boxes2) * scale
+        start = torch.min(torch.min(low1, high1), torch.min(low2, high2))
+        hull, overlap = end - start, _lengths(torch.min(high1, high2) - torch.max(low1, low2))
+        self.size1 = _lengths(high1 - low1).unbind(-1)
+        self.size2 = _lengths(high2 - low2).unbind(-1)
+        self.enclosing = hull.unbind(-1)
+        self.shift = boxes1 - boxes2
         self.offset = ((self.shift[..., :2] + self.shift[..., 2:]) / 2).unbind(-1)
-        overlap = lengths(torch.min(high1, high2) - torch.max(low1, low2))
-        intersection = overlap[0] * overlap[1]
-        area1, area2 = self.size1[0] * self.size1[1], self.size2[0] * self.size2[1]
-        self.union = area1 + area2 - intersection
+        intersection = _area(overlap.unbind(-1))
+        self.union = _area(self.size1) + _area(self.size2) - intersection
         # Two boxes without an area are one box or none, and the ratio cannot tell.
-        same = (self.boxes1 == self.boxes2).all(-1) & (high1 >= low1).all(-1)
-        iou = divide(intersection, self.union + self.eps)
-        self.iou = torch.where((self.union == 0) & same, 1, iou)
+        same = (overlap == hull).all(-1) & (self.union < least(self.union.dtype))
+        self.iou = _ratio(intersection, self.union, eps) + same
 
     def diagonal(self) -> Tensor:
         """Squared diagonal of the smallest box around both."""
@@ -459,17 +432,107 @@ class _Pair:
     def distance(self) -> Tensor:
         """Squared distance of the centres over the squared diagonal around both boxes."""
         dx, dy = self.offset
-        return divide(dx.square() + dy.square(), self.diagonal() + self.eps)
+        return _ratio(dx.square() + dy.square(), self.diagonal(), self.eps)
+
+    def generalised(self) -> Tensor:
+        """The GIoU loss."""
+        area = _area(self.enclosing)
+        return 1 - self.iou + _ratio(area - self.union, area, self.eps)
+
+    def complete(self) -> Tensor:
+        """The CIoU loss."""
+        v = (4 / math.pi**2) * (_angle(self.size1) - _angle(self.size2)).square()
+        alpha = _ratio(v, 1 - self.iou + v, self.eps).detach()
+        return 1 - self.iou + self.distance() + alpha * v
 
     def efficient(self) -> Tensor:
         """The EIoU loss."""
         loss = 1 - self.iou + self.distance()
         for one, other, side in zip(self.size1, self.size2, self.enclosing, strict=True):
-            loss = loss + divide(one - other, side).square()
+            loss = loss + _ratio(one - other, side).square()
         return loss
 
     def reduce(self, loss: Tensor) -> Tensor:
-        return reduce(loss, self.reduction)
+        return reduce(loss.to(self.dtype), self.reduction)
+
+
+_FORMULAS: dict[Kind, Callable[[_Pair], Tensor]] = {
+    "iou": lambda pair: 1 - pair.iou,
+    "giou": _Pair.generalised,
+    "diou": lambda pair: 1 - pair.iou + pair.distance(),
+    "ciou": _Pair.complete,
+}
+
+
+def _kernel_loss(
+    kind: Kind, boxes1: Tensor, boxes2: Tensor, eps: float, reduction: str, validate: bool
+) -> Tensor:
+    """A loss by its kernel, or by its formula where that must be seen."""
+
+    def formula(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+        pair = _Pair(boxes1, boxes2, eps)
+        return pair.reduce(_FORMULAS[kind](pair))
+
+    boxes1, boxes2 = _checked(boxes1, boxes2, validate)
+    if torch.compiler.is_compiling() or transformed():
+        return reduce(formula(boxes1, boxes2), reduction)
+    return reduce(box_losses(kind, boxes1, boxes2, eps, formula), reduction)
+
+
+def _checked(boxes1: Tensor, boxes2: Tensor, validate: bool) -> tuple[Tensor, Tensor]:
+    """The boxes in the dtype of their losses."""
+    check_tensors(boxes1=boxes1, boxes2=boxes2)
+    if boxes1.shape != boxes2.shape or boxes1.shape[-1:] != (4,):
+        raise ValueError(
+            f"boxes must have one shape (*, 4): {tuple(boxes1.shape)}, {tuple(boxes2.shape)}"
+        )
+    boxes1 = boxes1.to(compute_dtype(boxes1.dtype))
+    boxes2 = boxes2.to(boxes1.dtype)
+    if validate:
+        _check_boxes("boxes1", boxes1)
+        _check_boxes("boxes2", boxes2)
+    return boxes1, boxes2
+
+
+class _Widen(torch.autograd.Function):
+    """Boxes in the dtype to compute in; their gradient in their own, bounded to be finite there."""
+
+    @staticmethod
+    def forward(boxes: Tensor) -> Tensor:
+        return boxes.to(wide(boxes), copy=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        limit = steepest(ctx.dtype)
+        return grad.clamp(-limit, limit).to(ctx.dtype)
+
+
+def _widened(boxes: Tensor) -> Tensor:
+    # torch.func and forward mode have no rule for a class with a backward of its own; there the
+    # gradient of boxes below 1e-31 may overflow.
+    if not torch.compiler.is_compiling() and transformed():
+        return boxes.to(wide(boxes))
+    return _Widen.apply(boxes)
+
+
+def _lengths(differences: Tensor) -> Tensor:
+    """0 where negative, with the slope of a length at 0, so that a line can grow into a box."""
+    return torch.where(differences < 0, 0, differences)
+
+
+def _area(sides: tuple[Tensor, ...]) -> Tensor:
+    width, height = sides
+    return width * height
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, eps: float = 0) -> Tensor:
+    """The ratio; 0, and without a gradient, where both are 0."""
+    none = denominator < least(denominator.dtype)
+    return (numerator / (denominator + eps).masked_fill(none, 1)).masked_fill(none, 0)
 
 
 def _power(base: Tensor, exponent: float) -> Tensor:

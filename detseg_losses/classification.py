@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import (
-    Loss,
+    FormulaLoss,
     as_weights,
     blocks,
     divide,
@@ -62,8 +62,8 @@ class ClassificationOptions(TypedDict, total=False):
 
 @checked(alpha=balance)
 def sigmoid_focal_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     alpha: Tensor | Sequence[float] | float | None = 0.25,
     gamma: float = 2.0,
     reduction: str = "none",
@@ -96,8 +96,8 @@ def sigmoid_focal_loss(
 
 @checked()
 def binary_cross_entropy_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     pos_weight: Tensor | Sequence[float] | float = 1.0,
     reduction: str = "mean",
@@ -125,8 +125,8 @@ def binary_cross_entropy_loss(
 
 @checked()
 def quality_focal_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     beta: float = 2.0,
     reduction: str = "mean",
@@ -158,8 +158,8 @@ def quality_focal_loss(
 
 @checked()
 def varifocal_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     alpha: float = 0.75,
     gamma: float = 2.0,
@@ -196,8 +196,8 @@ def varifocal_loss(
 
 @checked()
 def asymmetric_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     gamma_neg: float = 4.0,
     gamma_pos: float = 0.0,
@@ -235,8 +235,8 @@ def asymmetric_loss(
 
 @checked(alpha=balance)
 def poly_focal_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     epsilon: float = 1.0,
     alpha: Tensor | Sequence[float] | float | None = 0.25,
@@ -271,8 +271,8 @@ def poly_focal_loss(
 
 @checked()
 def ghm_loss(
-    inputs: Tensor | Statistics,
-    targets: Tensor | None = None,
+    inputs: Tensor,
+    targets: Tensor,
     *,
     bins: int = 30,
     reduction: str = "mean",
@@ -518,8 +518,8 @@ def index_of(found: Tensor, bins: int) -> Tensor:
 @checked()
 def _sigmoid_loss(
     formula: Formula,
-    inputs: Tensor | Statistics,
-    targets: Tensor | None,
+    inputs: Tensor,
+    targets: Tensor,
     reduction: str,
     *,
     mode: Mode | None = None,
@@ -531,9 +531,7 @@ def _sigmoid_loss(
     weight: Tensor | None = None,
     pixel_weight: Tensor | None = None,
 ) -> Tensor:
-    if isinstance(inputs, Statistics):
-        batch = inputs.batch
-    elif mode is None:
+    if mode is None:
         weight = pixel_weight if weight is None else weight
         batch = detection_batch(
             inputs, targets, ignore_index=ignore_index, weight=weight, validate=validate
@@ -548,32 +546,46 @@ def _sigmoid_loss(
             weight=weight,
             validate=validate,
         )
-    each = 1.0 if class_weights is None else batch.per_class(class_weights)
     if reduction == "none":
-        (values,) = pointwise(batch, maps=[formula])
-        return batch.entries(values * column(each))
-    known = inputs.sums if isinstance(inputs, Statistics) else {}
-    if formula in known:
-        sums = known[formula]
-    else:
-        (sums,) = pointwise(batch, [formula], per_class=class_weights is not None)
+        return _map(formula, batch, class_weights)
+    (sums,) = pointwise(batch, [formula], per_class=class_weights is not None)
+    return _reduce(sums, batch, class_weights, reduction, per_image, sync)
+
+
+def _map(formula: Formula, batch: Batch, class_weights: Any) -> Tensor:
+    (values,) = pointwise(batch, maps=[formula])
+    return batch.entries(values * column(_each(batch, class_weights)))
+
+
+def _reduce(
+    sums: Tensor, batch: Batch, class_weights: Any, reduction: str, per_image: bool, sync: bool
+) -> Tensor:
+    each = _each(batch, class_weights)
     sums = (sums * each).sum(-1)
     if reduction == "sum":
         return sums.sum() * processes(sync)
     return mean_of_sums(sums, (batch.valid() * each).sum(-1), per_image=per_image, sync=sync)
 
 
-class SigmoidLoss(Loss):
+def _each(batch: Batch, class_weights: Any) -> Any:
+    return 1.0 if class_weights is None else batch.per_class(class_weights)
+
+
+class SigmoidLoss(FormulaLoss):
     """A loss that is a formula on independent sigmoids."""
 
     common = staticmethod(_sigmoid_loss)
     shared = ("mode", "ignore_index", "validate")
 
-    def formula(self) -> Formula:
-        raise NotImplementedError
-
     def needs(self) -> list[Need]:
-        return [] if self.options["reduction"] == "none" else [self.formula()]
+        return [] if self.options["reduction"] == "none" else [self.made()]
+
+    def evaluate(self, statistics: Statistics) -> Tensor:
+        options, formula, batch = self.options, self.made(), statistics.batch
+        if options["reduction"] == "none":
+            return _map(formula, batch, options["class_weights"])
+        names = ("class_weights", "reduction", "per_image", "sync")
+        return _reduce(statistics.sums[formula], batch, *(options[name] for name in names))
 
 
 @register("focal", "classification", "segmentation")
@@ -581,9 +593,7 @@ class SigmoidFocalLoss(SigmoidLoss):
     """Module form of :func:`sigmoid_focal_loss`."""
 
     function = staticmethod(sigmoid_focal_loss)
-
-    def formula(self) -> Formula:
-        return Focal(self.options["alpha"], self.options["gamma"])
+    formula = Focal
 
 
 @register("bce", "classification", "segmentation")
@@ -591,9 +601,7 @@ class BCELoss(SigmoidLoss):
     """Module form of :func:`binary_cross_entropy_loss`."""
 
     function = staticmethod(binary_cross_entropy_loss)
-
-    def formula(self) -> Formula:
-        return CrossEntropy(self.options["pos_weight"])
+    formula = CrossEntropy
 
 
 @register("quality_focal", "classification", "segmentation")
@@ -601,9 +609,7 @@ class QualityFocalLoss(SigmoidLoss):
     """Module form of :func:`quality_focal_loss`."""
 
     function = staticmethod(quality_focal_loss)
-
-    def formula(self) -> Formula:
-        return QualityFocal(self.options["beta"])
+    formula = QualityFocal
 
 
 @register("varifocal", "classification", "segmentation")
@@ -611,9 +617,7 @@ class VarifocalLoss(SigmoidLoss):
     """Module form of :func:`varifocal_loss`."""
 
     function = staticmethod(varifocal_loss)
-
-    def formula(self) -> Formula:
-        return Varifocal(self.options["alpha"], self.options["gamma"])
+    formula = Varifocal
 
 
 @register("asymmetric", "classification", "segmentation")
@@ -621,10 +625,7 @@ class AsymmetricLoss(SigmoidLoss):
     """Module form of :func:`asymmetric_loss`."""
 
     function = staticmethod(asymmetric_loss)
-
-    def formula(self) -> Formula:
-        options = self.options
-        return Asymmetric(options["gamma_neg"], options["gamma_pos"], options["margin"])
+    formula = Asymmetric
 
 
 @register("poly_focal", "classification", "segmentation")
@@ -632,9 +633,7 @@ class PolyFocalLoss(SigmoidLoss):
     """Module form of :func:`poly_focal_loss`."""
 
     function = staticmethod(poly_focal_loss)
-
-    def formula(self) -> Formula:
-        return PolyFocal(self.options["alpha"], self.options["gamma"], self.options["epsilon"])
+    formula = PolyFocal
 
 
 @register("ghm", "classification", "segmentation")
@@ -644,5 +643,5 @@ class GHMLoss(SigmoidLoss):
     function = staticmethod(ghm_loss)
     of_batch = True
 
-    def formula(self) -> Formula:
+    def made(self) -> Formula:
         return Harmonised(self.options["bins"], self.options["sync"])

@@ -11,14 +11,14 @@ from typing_extensions import Unpack
 from .base import WHOLE, Loss, divide, register
 from .checks import checked
 from .layout import Part
-from .regions import RegionOptions, pool, region_batch, regions
+from .regions import RegionOptions, Regions, _region_loss, region_batch
 from .statistics import measure
 
 
 @checked()
 def cldice_loss(
     logits: Tensor,
-    target: Tensor | None = None,
+    target: Tensor,
     *,
     iterations: int = 3,
     smooth: float = 0.0,
@@ -57,10 +57,10 @@ def cldice_loss(
         skeleton(batch.spatial(mask), iterations).reshape(p.shape) for mask in (p, part.y)
     )
     sums = (ours * part.y, ours, theirs * p, theirs)
+    r = Regions(measure(batch, ["regions"]), **options)
     counts = torch.stack([part.weighted(values).sum(-1) for values in sums])
-    both, found, hit, true = pool(counts, **options) + smooth
+    both, found, hit, true = r.pool(counts) + smooth
     precision, recall = divide(both, found), divide(hit, true)
-    r = regions(measure(batch, ["regions"]), None, **options)
     return r.reduce(1 - divide(2 * precision * recall, precision + recall))
 
 
@@ -107,4 +107,4 @@ class CLDiceLoss(Loss):
     """Module form of :func:`cldice_loss`."""
 
     function = staticmethod(cldice_loss)
-    common = staticmethod(regions)
+    common = staticmethod(_region_loss)

@@ -16,14 +16,14 @@ from .base import WHOLE, Loss, divide, gather, register
 from .checks import checked
 from .layout import Batch, Part
 from .pointwise import Formula, Label, Sigmoid, pointwise
-from .regions import RegionOptions, region_batch, regions
+from .regions import RegionOptions, Regions, _region_loss, region_batch
 from .statistics import measure, weighted_counts
 
 
 @checked()
 def lovasz_loss(
     logits: Tensor,
-    target: Tensor | None = None,
+    target: Tensor,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
     r"""The Lovász extension of one minus the Jaccard index of each class (Berman et al.,
@@ -54,12 +54,12 @@ def lovasz_loss(
     if batch.mode == "multiclass":
         s = weighted_counts(batch, factor * sign)
         hits = factor * y
-        s.tp = s.tp + (hits if batch.weight is None else hits * batch.weight).sum(-1)
+        loss = s.counts[1] + (hits if batch.weight is None else hits * batch.weight).sum(-1)
     else:
         s = measure(batch, ["regions"])
-        (s.tp,) = pointwise(replace(batch, target=-factor * sign), [Hinge()])
-    r = regions(s, None, **options)
-    return r.reduce(r.tp)
+        (loss,) = pointwise(replace(batch, target=-factor * sign), [Hinge()])
+    r = Regions(s, **options)
+    return r.reduce(r.pool(loss))
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,4 @@ class LovaszLoss(Loss):
     """Module form of :func:`lovasz_loss`."""
 
     function = staticmethod(lovasz_loss)
-    common = staticmethod(regions)
+    common = staticmethod(_region_loss)

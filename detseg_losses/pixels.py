@@ -7,16 +7,16 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, as_weights, gather, mean_of_sums, processes, register
+from .base import FormulaLoss, as_weights, gather, mean_of_sums, processes, register
 from .checks import FACTORS, Mode, checked
-from .layout import Batch
-from .statistics import Need, Statistics, statistics
+from .layout import Batch, segmentation_batch
+from .statistics import Need, Statistics, measure
 
 
 class PixelOptions(TypedDict, total=False):
@@ -29,8 +29,7 @@ class PixelOptions(TypedDict, total=False):
             one, as in ``torch.nn.functional.cross_entropy``.
         per_image: average each image, then the images.
         reduction: ``"mean"``, ``"sum"``, or ``"none"``: ``(B, *)``.
-        sync: the batch is that of all processes: scaled so that the average of their gradients is
-            that of one process.
+        sync: the mean over all processes.
         validate: check the labels also where that makes the device wait.
         pixel_weight: weight of each pixel, ``(B, *)``; a mean is the weighted one, and a weight of
             0 leaves the pixel out.
@@ -48,8 +47,8 @@ class PixelOptions(TypedDict, total=False):
 
 @checked()
 def cross_entropy_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     label_smoothing: float = 0.0,
     **options: Unpack[PixelOptions],
@@ -68,17 +67,13 @@ def cross_entropy_loss(
         ValueError: on a single channel (use ``bce``), shapes that do not fit, a mode that cannot
             be told, or a label out of range.
     """
-    s = pixels(logits, target, ["nll", "smooth"] if label_smoothing else ["nll"], **options)
-    loss = s.weighted(s.nll)
-    if label_smoothing:
-        loss = loss * (1 - label_smoothing) + s.smooth * (label_smoothing / s.batch.logits.shape[1])
-    return s.reduce(loss)
+    return _pixel_loss(CrossEntropy(label_smoothing), logits, target, **options)
 
 
 @checked(alpha=FACTORS)
 def softmax_focal_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     alpha: Tensor | Sequence[float] | float = 1.0,
     gamma: float = 2.0,
@@ -103,17 +98,13 @@ def softmax_focal_loss(
         ValueError: on a single channel (use ``focal``), a target that is not class indices, a
             negative alpha or gamma, shapes that do not fit, or a label out of range.
     """
-    s = pixels(logits, target, ["nll"], **options)
-    loss = s.of_labels("softmax_focal", Focal(gamma))
-    if isinstance(alpha, (int, float)):
-        return s.reduce(s.weighted(loss * alpha))
-    return s.reduce(s.weighted(loss, as_weights(alpha)))
+    return _pixel_loss(Focal(as_weights(alpha), gamma), logits, target, **options)
 
 
 @checked()
 def poly_cross_entropy_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     epsilon: float = 1.0,
     **options: Unpack[PixelOptions],
@@ -135,14 +126,13 @@ def poly_cross_entropy_loss(
         ValueError: on an epsilon below -1 (the loss would reward mistakes), a single channel, a
             target that is not class indices, shapes that do not fit, or a label out of range.
     """
-    s = pixels(logits, target, ["nll"], **options)
-    return s.reduce(s.weighted(s.of_labels("poly", Mixture(1.0, epsilon))))
+    return _pixel_loss(Poly(epsilon), logits, target, **options)
 
 
 @checked()
 def symmetric_cross_entropy_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     alpha: float = 0.1,
     beta: float = 1.0,
@@ -168,14 +158,13 @@ def symmetric_cross_entropy_loss(
         ValueError: on a negative weight, a single channel, a target that is not class indices,
             shapes that do not fit, or a label out of range.
     """
-    s = pixels(logits, target, ["nll"], **options)
-    return s.reduce(s.weighted(s.of_labels("symmetric_ce", Mixture(alpha, 4 * beta))))
+    return _pixel_loss(Symmetric(alpha, beta), logits, target, **options)
 
 
 @checked()
 def ohem_cross_entropy_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     fraction: float = 0.1,
     thresh: float | None = 0.7,
@@ -206,13 +195,48 @@ def ohem_cross_entropy_loss(
         ValueError: on a fraction or threshold outside of (0, 1], a single channel (use ``bce``),
             shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    s = pixels(logits, target, ["nll"], **options)
-    return s.reduce(s.weighted(s.nll), s.hardest(fraction, thresh))
+    return _pixel_loss(OHEM(fraction, thresh), logits, target, **options)
+
+
+class PixelFormula:
+    """A loss of each pixel, from its negative log likelihood."""
+
+    def needs(self) -> list[Need]:
+        return ["nll"]
+
+    def loss(self, s: Pixels) -> Tensor:
+        """The loss of the batch."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class LikelihoodFormula:
-    """A loss as a function of the negative log likelihood n."""
+class CrossEntropy(PixelFormula):
+    label_smoothing: float
+
+    def needs(self) -> list[Need]:
+        return ["nll", "smooth"] if self.label_smoothing else ["nll"]
+
+    def loss(self, s: Pixels) -> Tensor:
+        loss = s.weighted(s.nll)
+        if self.label_smoothing:
+            share = self.label_smoothing / s.batch.logits.shape[1]
+            loss = loss * (1 - self.label_smoothing) + s.smooth * share
+        return s.reduce(loss)
+
+
+@dataclass(frozen=True)
+class OHEM(PixelFormula):
+    fraction: float
+    thresh: float | None
+
+    def loss(self, s: Pixels) -> Tensor:
+        return s.reduce(s.weighted(s.nll), s.hardest(self.fraction, self.thresh))
+
+
+class LikelihoodFormula(PixelFormula):
+    """A loss as a function of the negative log likelihood n of a class index."""
+
+    name: ClassVar[str]
 
     def value(self, n: Tensor) -> Tensor:
         raise NotImplementedError
@@ -220,10 +244,20 @@ class LikelihoodFormula:
     def slope(self, n: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def loss(self, s: Pixels) -> Tensor:
+        return s.reduce(s.weighted(self.values(s)))
+
+    def values(self, s: Pixels) -> Tensor:
+        if s.batch.dense:
+            raise ValueError(f"{self.name!r} needs class indices; use 'ce'")
+        return _Evaluate.apply(s.nll, self)
+
 
 @dataclass(frozen=True)
 class Focal(LikelihoodFormula):
+    alpha: Tensor | float
     gamma: float
+    name = "softmax_focal"
 
     def value(self, n: Tensor) -> Tensor:
         return missed(n).pow(self.gamma) * n
@@ -233,19 +267,45 @@ class Focal(LikelihoodFormula):
         base = m.clamp(min=torch.finfo(m.dtype).tiny)  # a power below 0 follows
         return base.pow(self.gamma - 1) * torch.addcmul(m, 1 - m, n, value=self.gamma)
 
+    def loss(self, s: Pixels) -> Tensor:
+        loss = self.values(s)
+        if isinstance(self.alpha, Tensor):
+            return s.reduce(s.weighted(loss, self.alpha))
+        return s.reduce(s.weighted(loss * self.alpha))
 
-@dataclass(frozen=True)
+
 class Mixture(LikelihoodFormula):
-    """The cross entropy and the probability of a wrong answer."""
+    """The cross entropy and the probability of a wrong answer, each with a factor."""
 
-    cross_entropy: float
-    missed: float
+    def factors(self) -> tuple[float, float]:
+        raise NotImplementedError
 
     def value(self, n: Tensor) -> Tensor:
-        return self.cross_entropy * n + self.missed * missed(n)
+        cross_entropy, wrong = self.factors()
+        return cross_entropy * n + wrong * missed(n)
 
     def slope(self, n: Tensor) -> Tensor:
-        return self.cross_entropy + self.missed * torch.exp(-n)
+        cross_entropy, wrong = self.factors()
+        return cross_entropy + wrong * torch.exp(-n)
+
+
+@dataclass(frozen=True)
+class Poly(Mixture):
+    epsilon: float
+    name = "poly"
+
+    def factors(self) -> tuple[float, float]:
+        return 1.0, self.epsilon
+
+
+@dataclass(frozen=True)
+class Symmetric(Mixture):
+    alpha: float
+    beta: float
+    name = "symmetric_ce"
+
+    def factors(self) -> tuple[float, float]:
+        return self.alpha, 4 * self.beta
 
 
 def missed(n: Tensor) -> Tensor:
@@ -297,12 +357,6 @@ class Pixels:
     def smooth(self) -> Tensor:
         return self.statistics.smooth
 
-    def of_labels(self, name: str, formula: LikelihoodFormula) -> Tensor:
-        """A formula on the likelihood of class indices."""
-        if self.batch.dense:
-            raise ValueError(f"{name!r} needs class indices; use 'ce'")
-        return _Evaluate.apply(self.nll, formula)
-
     def weighted(self, values: Tensor, alpha: Tensor | None = None) -> Tensor:
         """Values times the weight of each pixel's class, and times that class's alpha."""
         factor = self.class_weight
@@ -334,27 +388,32 @@ class Pixels:
 
         ``kept`` tells which pixels count.
         """
-        weight = self.batch.weight
-        weight = kept if weight is None else weight.squeeze(1)
-        if weight is not None:
-            weight = weight if kept is None else weight * kept
+        weight = None if self.batch.weight is None else self.batch.weight.squeeze(1)
+        if kept is not None:
+            loss = loss * kept
+        if weight is not None and weight.dtype != torch.bool:  # what is ignored is 0 already
             loss = loss * weight
         if self.reduction == "none":
             return self.batch.pixels(loss)
         if self.reduction == "sum":
             return loss.sum() * processes(self.sync)
-        weights = [each for each in (self.class_weight, weight) if each is not None]
+        counts: Any = loss.shape[1] if self.per_image else loss.numel()
+        weights = [each for each in (self.class_weight, weight, kept) if each is not None]
         if weights:
-            counts = functools.reduce(operator.mul, weights).sum(-1, dtype=loss.dtype)
-        else:
-            counts = loss.new_full((len(loss),), loss.shape[1])
-        return mean_of_sums(loss.sum(-1), counts, per_image=self.per_image, sync=self.sync)
+            product = self._rows(functools.reduce(operator.mul, weights))
+            counts = product.sum(-1, dtype=loss.dtype if product.is_floating_point() else None)
+        sums = self._rows(loss).sum(-1)
+        return mean_of_sums(sums, counts, per_image=self.per_image, sync=self.sync)
+
+    def _rows(self, values: Tensor) -> Tensor:
+        """A row for each image, or for all together."""
+        return values if self.per_image else values.reshape(1, -1)
 
 
-def pixels(
-    logits: Tensor | Statistics,
-    target: Tensor | None,
-    needs: list[Need],
+def _pixel_loss(
+    formula: PixelFormula,
+    logits: Tensor,
+    target: Tensor,
     *,
     mode: Mode | None = None,
     ignore_index: int | None = None,
@@ -364,32 +423,52 @@ def pixels(
     sync: bool = False,
     validate: bool = False,
     pixel_weight: Tensor | None = None,
-) -> Pixels:
-    """Compute the maps, or take those that are there."""
-    s = statistics(
+) -> Tensor:
+    batch = segmentation_batch(
         logits,
         target,
-        needs,
         mode=mode,
         ignore_index=ignore_index,
         pixel_weight=pixel_weight,
-        class_weights=class_weights,
         validate=validate,
     )
+    statistics = measure(batch, formula.needs(), class_weights)
+    return formula.loss(
+        pixels(
+            statistics,
+            class_weights=class_weights,
+            per_image=per_image,
+            reduction=reduction,
+            sync=sync,
+        )
+    )
+
+
+def pixels(
+    statistics: Statistics,
+    *,
+    class_weights: Tensor | Sequence[float] | None,
+    per_image: bool,
+    reduction: str,
+    sync: bool,
+    **_: Any,
+) -> Pixels:
+    """The maps of a batch with the options of a loss on them."""
+    batch = statistics.batch
     class_weight = None
-    if class_weights is not None and not s.batch.dense:
-        class_weight = s.batch.per_class(class_weights)[s.batch.labels()]
-    return Pixels(s, class_weight, per_image, reduction, sync)
+    if class_weights is not None and not batch.dense:
+        class_weight = batch.per_class(class_weights)[batch.labels()]
+    return Pixels(statistics, class_weight, per_image, reduction, sync)
 
 
-class PixelLoss(Loss):
+class PixelLoss(FormulaLoss):
     """A loss that is a formula on the likelihood of each pixel."""
 
-    common = staticmethod(pixels)
+    common = staticmethod(_pixel_loss)
     shared = ("mode", "ignore_index", "validate", "class_weights")
 
-    def needs(self) -> list[Need]:
-        return ["nll"]
+    def evaluate(self, statistics: Statistics) -> Tensor:
+        return self.made().loss(pixels(statistics, **self.options))
 
 
 @register("ce", "segmentation")
@@ -397,9 +476,7 @@ class CrossEntropyLoss(PixelLoss):
     """Module form of :func:`cross_entropy_loss`."""
 
     function = staticmethod(cross_entropy_loss)
-
-    def needs(self) -> list[Need]:
-        return ["nll", "smooth"] if self.options["label_smoothing"] else ["nll"]
+    formula = CrossEntropy
 
 
 @register("softmax_focal", "segmentation")
@@ -407,6 +484,7 @@ class SoftmaxFocalLoss(PixelLoss):
     """Module form of :func:`softmax_focal_loss`."""
 
     function = staticmethod(softmax_focal_loss)
+    formula = Focal
 
 
 @register("poly", "segmentation")
@@ -414,6 +492,7 @@ class PolyCrossEntropyLoss(PixelLoss):
     """Module form of :func:`poly_cross_entropy_loss`."""
 
     function = staticmethod(poly_cross_entropy_loss)
+    formula = Poly
 
 
 @register("symmetric_ce", "segmentation")
@@ -421,6 +500,7 @@ class SymmetricCrossEntropyLoss(PixelLoss):
     """Module form of :func:`symmetric_cross_entropy_loss`."""
 
     function = staticmethod(symmetric_cross_entropy_loss)
+    formula = Symmetric
 
 
 @register("ohem", "segmentation")
@@ -428,3 +508,4 @@ class OHEMCrossEntropyLoss(PixelLoss):
     """Module form of :func:`ohem_cross_entropy_loss`."""
 
     function = staticmethod(ohem_cross_entropy_loss)
+    formula = OHEM

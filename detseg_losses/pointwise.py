@@ -13,9 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import reduce
-from operator import add
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -76,13 +74,6 @@ class Sigmoid:
     def pos(self) -> Tensor:
         return F.softplus(-self.x) if self.differentiable else Sigmoid(-self.x).neg
 
-    @lazy
-    def mirrored(self) -> Sigmoid:
-        """The same of -x."""
-        result = Sigmoid(-self.x)
-        result.p, result.q = self.q, self.p
-        return result
-
     def missed(self, y: Label) -> Tensor:
         """The probability of the wrong answer."""
         if isinstance(y, Tensor):
@@ -142,13 +133,7 @@ class Formula:
     """A point-by-point loss; its fields are numbers, or tensors ``(C,)`` with one for each class.
 
     Two formulas with the same fields are equal, so that losses can share what was computed.
-
-    Attributes:
-        spreads: numbers (a, b) where the slope is ``spread * (a * (1 - y) + b * y)``, as it is of
-            counts; else None.
     """
-
-    spreads: ClassVar[tuple[int, int] | None] = None
 
     def value(self, s: Sigmoid, y: Label) -> Tensor:
         raise NotImplementedError
@@ -176,81 +161,6 @@ class Formula:
 def column(weights: Any) -> Any:
     """Numbers of classes ``(C,)`` as ``(C, 1)``, to go with ``(B, C, P)``; anything else as is."""
     return weights.unsqueeze(-1) if isinstance(weights, Tensor) and weights.dim() == 1 else weights
-
-
-@dataclass(frozen=True)
-class TruePositive(Formula):
-    """The probability where the target says yes: its sum is the soft count of true positives."""
-
-    spreads = (0, 1)
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p * y
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread * y
-
-
-@dataclass(frozen=True)
-class FalsePositive(Formula):
-    """The probability where the target says no."""
-
-    spreads = (1, 0)
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        if isinstance(y, Tensor):
-            return torch.addcmul(s.p, s.p, y, value=-1)
-        return torch.zeros_like(s.p) if y else s.p
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread * (1 - y)
-
-
-@dataclass(frozen=True)
-class FalseNegative(Formula):
-    """What the probability lacks where the target says yes."""
-
-    spreads = (0, -1)
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        if isinstance(y, Tensor):
-            # To compute q for this alone would take longer than all counts together.
-            return s.q * y if "q" in vars(s) else torch.addcmul(y, s.p, y, value=-1)
-        return s.q if y else torch.zeros_like(s.x)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread * -y
-
-
-@dataclass(frozen=True)
-class Squared(Formula):
-    """The square of the probability."""
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p * s.p
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return 2 * s.p * s.spread
-
-
-@dataclass(frozen=True)
-class Mirrored(Formula):
-    """A formula for the other one of two classes: of 1 - p and 1 - y."""
-
-    formula: Formula
-
-    @property
-    def spreads(self) -> tuple[int, int] | None:  # type: ignore[override]
-        if self.formula.spreads is None:
-            return None
-        negative, positive = self.formula.spreads
-        return -positive, -negative
-
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.formula.value(s.mirrored, 1 - y)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return -self.formula.slope(s.mirrored, 1 - y)
 
 
 def pointwise(
@@ -451,17 +361,7 @@ class _SigmoidBlock(Part):
 
     def gradient(self, pairs: Sequence[tuple[Formula, Tensor]]) -> Tensor:
         """The weighted sum of the slopes of formulas, each times a factor."""
-        counts = []
-        slopes = []
-        for formula, factor in pairs:
-            if formula.spreads is not None and isinstance(self.label, Tensor):
-                counts.append([number * factor for number in formula.spreads])
-            else:
-                slopes.append((self.evaluate(formula, "slope")[0], factor))
-        if counts:  # one slope for all
-            # No sum of the two: that of a few pixels may be a million times the other.
-            negative, positive = (reduce(add, each) for each in zip(*counts, strict=True))
-            slopes.append((torch.lerp(negative, positive, self.label), self.s.spread))
+        slopes = [(self.evaluate(formula, "slope")[0], factor) for formula, factor in pairs]
         (slope, factor), *others = slopes
         total = slope * factor
         for slope, factor in others:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, divide, mean_of_sums, processes, register, world_sum
+from ._engine.regions import Numbers, tversky_losses
+from .base import FormulaLoss, divide, lazy, processes, register, world_sum
 from .checks import POSITIVE, Absent, Mode, checked
 from .layout import Batch, segmentation_batch
-from .statistics import Need, Statistics, statistics
+from .statistics import Need, Statistics, ground_truth, measure
 
 
 class RegionOptions(TypedDict, total=False):
@@ -51,8 +52,8 @@ class RegionOptions(TypedDict, total=False):
 
 @checked()
 def dice_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 0.0,
     **options: Unpack[RegionOptions],
@@ -73,14 +74,13 @@ def dice_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    return r.reduce(r.dice(smooth))
+    return _region_loss(dice(smooth), logits, target, **options)
 
 
 @checked()
 def jaccard_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 0.0,
     **options: Unpack[RegionOptions],
@@ -98,14 +98,13 @@ def jaccard_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    return r.reduce(r.tversky(1, 1, smooth))
+    return _region_loss(jaccard(smooth), logits, target, **options)
 
 
 @checked()
 def tversky_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     alpha: float = 0.5,
     beta: float = 0.5,
@@ -127,14 +126,13 @@ def tversky_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    return r.reduce(r.tversky(alpha, beta, smooth))
+    return _region_loss(Tversky(alpha, beta, smooth), logits, target, **options)
 
 
 @checked(gamma=POSITIVE)
 def focal_tversky_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     alpha: float = 0.3,
     beta: float = 0.7,
@@ -160,17 +158,13 @@ def focal_tversky_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    loss = r.tversky(alpha, beta, smooth)
-    # The slope at 0 is infinite for gamma < 1: a perfect class costs 0 and has no gradient.
-    tiny = torch.finfo(loss.dtype).eps
-    return r.reduce(torch.where(loss > tiny, loss.clamp(min=tiny).pow(gamma), 0))
+    return _region_loss(FocalTversky(alpha, beta, smooth, gamma), logits, target, **options)
 
 
 @checked()
 def squared_dice_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 0.0,
     **options: Unpack[RegionOptions],
@@ -192,14 +186,13 @@ def squared_dice_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, "squares", **options)
-    return r.reduce(1 - divide(2 * r.tp + smooth, r.squares + smooth))
+    return _region_loss(SquaredDice(smooth), logits, target, **options)
 
 
 @checked()
 def generalised_dice_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
     r"""One Dice loss over all classes, each by its inverse area (Sudre et al., arXiv:1707.03237).
@@ -220,24 +213,13 @@ def generalised_dice_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    # Relative to the smallest class that is there, so that no square is out of range.
-    least = r.true.where(r.true > 0, torch.inf).amin(-1, keepdim=True)
-    weights = torch.where(r.true > 0, least / r.true, 0).square()
-    if r.class_weights is not None:
-        weights = weights * r.class_weights
-    hits = (weights * r.tp).sum(-1, keepdim=True)
-    misses = (weights * (r.fp + r.fn)).sum(-1, keepdim=True)
-    loss = _Share.apply(misses, 2 * hits).expand_as(r.tp)
-    if r.class_weights is not None:  # of the classes that are there they are in it already
-        r = replace(r, class_weights=torch.where(r.true > 0, 1, r.class_weights))
-    return r.reduce(loss)
+    return _region_loss(GeneralisedDice(), logits, target, **options)
 
 
 @checked()
 def log_cosh_dice_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 0.0,
     **options: Unpack[RegionOptions],
@@ -258,15 +240,13 @@ def log_cosh_dice_loss(
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    # cosh d = 1 + 2 sinh(d / 2)^2, without rounding to 1 where d is small
-    return r.reduce(torch.log1p(2 * (r.dice(smooth) / 2).sinh().square()))
+    return _region_loss(LogCoshDice(smooth), logits, target, **options)
 
 
 @checked(beta=POSITIVE)
 def f1_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     beta: float = 1.0,
     smooth: float = 0.0,
@@ -291,15 +271,13 @@ def f1_loss(
         ValueError: on a beta that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
     """
-    r = regions(logits, target, **options)
-    miss = beta**2 / (1 + beta**2)
-    return r.reduce(r.tversky(1 - miss, miss, smooth / (1 + beta**2)))
+    return _region_loss(f_measure(beta, smooth), logits, target, **options)
 
 
 @checked(smooth=POSITIVE)
 def mcc_loss(
-    logits: Tensor | Statistics,
-    target: Tensor | None = None,
+    logits: Tensor,
+    target: Tensor,
     *,
     smooth: float = 1e-5,
     **options: Unpack[RegionOptions],
@@ -324,60 +302,108 @@ def mcc_loss(
         ValueError: on a smooth that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
     """
-    r = regions(logits, target, "negatives", **options)
-    counts = (r.tp, r.fp, r.fn, r.negatives - r.fp)
-    tp, fp, fn, tn = (count.clamp(min=0) + smooth for count in counts)  # rounding
-    scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()
-    return r.reduce(1 - (tp * tn - fp * fn) / scale)
+    return _region_loss(MCC(smooth), logits, target, **options)
 
 
-@dataclass
-class Regions:
-    """Soft counts of each class, ``(C,)`` of the batch or ``(B, C)`` of each image."""
+class RegionFormula:
+    """A loss of each class as a formula on its counts. Two with the same numbers are equal."""
 
-    tp: Tensor
-    fp: Tensor
-    fn: Tensor
-    pred: Tensor
-    true: Tensor
-    valid: Tensor
-    class_weights: Tensor | None
-    per_image: bool
-    absent: str
-    reduction: str
-    sync: bool
-    squares: Tensor
-    """``sum p^2 + sum y^2``, where asked for."""
-    negatives: Tensor
-    """``sum (1 - y)``, where asked for."""
+    squares: ClassVar[bool] = False
+    """Whether it asks for sums of squares."""
 
-    def dice(self, smooth: float) -> Tensor:
-        """One minus the Dice coefficient, without the subtraction."""
-        return self.tversky(0.5, 0.5, smooth / 2)
+    def of_classes(self, r: Regions) -> Tensor:
+        """The losses ``(b, C)``."""
+        raise NotImplementedError
 
-    def tversky(self, alpha: float, beta: float, smooth: float) -> Tensor:
-        """One minus the Tversky index, without the subtraction."""
-        misses = alpha * self.fp + beta * self.fn
-        return _Share.apply(misses, self.tp + smooth)
+    def weights(self, r: Regions) -> Tensor:
+        """What each class counts in the mean, ``(b, C)``."""
+        return r.weights
 
-    def reduce(self, loss: Tensor) -> Tensor:
-        """The losses of the classes as the options ask: absent classes, weights, reduction."""
-        present = ~(self.true <= 0)  # also where it is NaN, which must show
-        weights = present.to(loss.dtype)
-        loss = torch.where(present, loss, 0)
-        if self.absent == "penalise":
-            loss = torch.where(present, loss, divide(self.pred, self.valid))
-            weights = torch.ones_like(loss)
-        if self.class_weights is not None:
-            weights = weights * self.class_weights
-        if self.reduction == "none":
-            return loss * weights
-        total = (loss * weights).sum(-1)
-        if self.reduction == "sum":
-            return total.sum() * (processes(self.sync) if self.per_image else 1)
-        if self.per_image:
-            return mean_of_sums(total, weights.sum(-1), per_image=True, sync=self.sync)
-        return divide(total, weights.sum(-1))
+    def needs(self) -> list[Need]:
+        return ["regions", "squares"] if self.squares else ["regions"]
+
+
+@dataclass(frozen=True)
+class Tversky(RegionFormula):
+    alpha: float
+    beta: float
+    smooth: float
+
+    def of_classes(self, r: Regions) -> Tensor:
+        return _Share.apply(self.alpha * r.fp + self.beta * r.fn, r.tp + self.smooth)
+
+
+def dice(smooth: float) -> Tversky:
+    """``2 TP + s`` over ``2 TP + FP + FN + s``."""
+    return Tversky(0.5, 0.5, smooth / 2)
+
+
+def jaccard(smooth: float) -> Tversky:
+    """``TP + s`` over ``TP + FP + FN + s``."""
+    return Tversky(1, 1, smooth)
+
+
+def f_measure(beta: float, smooth: float) -> Tversky:
+    """The F-measure as a Tversky index."""
+    miss = beta**2 / (1 + beta**2)
+    return Tversky(1 - miss, miss, smooth / (1 + beta**2))
+
+
+@dataclass(frozen=True)
+class FocalTversky(Tversky):
+    gamma: float
+
+    def of_classes(self, r: Regions) -> Tensor:
+        loss = super().of_classes(r)
+        # The slope at 0 is infinite for gamma < 1: a perfect class costs 0 and has no gradient.
+        tiny = torch.finfo(loss.dtype).eps
+        return torch.where(loss > tiny, loss.clamp(min=tiny).pow(self.gamma), 0)
+
+
+@dataclass(frozen=True)
+class LogCoshDice(RegionFormula):
+    smooth: float
+
+    def of_classes(self, r: Regions) -> Tensor:
+        # cosh d = 1 + 2 sinh(d / 2)^2, without rounding to 1 where d is small
+        return torch.log1p(2 * (dice(self.smooth).of_classes(r) / 2).sinh().square())
+
+
+@dataclass(frozen=True)
+class SquaredDice(RegionFormula):
+    smooth: float
+    squares = True
+
+    def of_classes(self, r: Regions) -> Tensor:
+        return 1 - divide(2 * r.tp + self.smooth, r.squares + self.smooth)
+
+
+@dataclass(frozen=True)
+class GeneralisedDice(RegionFormula):
+    def of_classes(self, r: Regions) -> Tensor:
+        # Relative to the smallest class that is present, so that no square is out of range.
+        least = r.true.where(r.present, torch.inf).amin(-1, keepdim=True)
+        weights = torch.where(r.present, least / r.true, 0).square()
+        if r.class_weights is not None:
+            weights = weights * r.class_weights
+        wrong = (weights * (r.fp + r.fn)).sum(-1, keepdim=True)
+        right = (weights * 2 * r.tp).sum(-1, keepdim=True)
+        return _Share.apply(wrong, right).expand_as(r.tp)
+
+    def weights(self, r: Regions) -> Tensor:
+        # The class weights of what is present are in the ratio already.
+        return torch.where(r.present, 1, r.weights)
+
+
+@dataclass(frozen=True)
+class MCC(RegionFormula):
+    smooth: float
+
+    def of_classes(self, r: Regions) -> Tensor:
+        counts = (r.tp, r.fp, r.fn, r.negatives - r.fp)
+        tp, fp, fn, tn = (count.clamp(min=0) + self.smooth for count in counts)  # rounding
+        scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()
+        return 1 - (tp * tn - fp * fn) / scale
 
 
 class _Share(torch.autograd.Function):
@@ -398,10 +424,139 @@ class _Share(torch.autograd.Function):
         return slope * divide(rest, part + rest), -slope * divide(part, part + rest)
 
 
-def regions(
-    logits: Tensor | Statistics,
-    target: Tensor | None,
-    *more: Need,
+class Regions:
+    """Soft counts of each class, of each image or pooled to one, ``(b, C)``, and what becomes of
+    the losses of the classes.
+
+    Attributes:
+        counts: FP, TP, FN, the ground truth and perhaps sums of squares, ``(4 or 5, b, C)``.
+    """
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        *,
+        class_weights: Tensor | Sequence[float] | None = None,
+        per_image: bool = False,
+        absent: str = "skip",
+        reduction: str = "mean",
+        sync: bool = False,
+        **_: Any,  # the options of the batch
+    ) -> None:
+        self.batch = statistics.batch
+        self.class_weights = self.batch.per_class(class_weights)
+        self.per_image, self.sync = per_image, sync
+        self.absent, self.reduction = absent, reduction
+        self.counts = self.pool(statistics.counts)
+
+    def pool(self, counts: Tensor) -> Tensor:
+        """Counts ``(*, B, C)`` of each image, or of the batch of all processes, ``(*, 1, C)``."""
+        return counts if self.per_image else world_sum(counts.sum(-2, keepdim=True), self.sync)
+
+    @property
+    def fp(self) -> Tensor:
+        return self.counts[0]
+
+    @property
+    def tp(self) -> Tensor:
+        return self.counts[1]
+
+    @property
+    def fn(self) -> Tensor:
+        return self.counts[2]
+
+    @property
+    def true(self) -> Tensor:
+        return self.counts[3]
+
+    @property
+    def squares(self) -> Tensor:
+        """``sum p^2 + sum y^2``."""
+        return self.counts[4]
+
+    @lazy
+    def valid(self) -> Tensor:
+        return self.pool(self.batch.valid())
+
+    @lazy
+    def negatives(self) -> Tensor:
+        """The count of what is not of each class, ``sum (1 - y)``, without subtracting counts."""
+        if self.batch.dense:
+            rest = replace(self.batch, target=1 - self.batch.target.to(self.batch.dtype))
+            return self.pool(ground_truth(rest))
+        others = 1 - torch.eye(self.true.shape[-1]).to(self.true)
+        return (self.true.unsqueeze(-2) * others).sum(-1)  # autocast would round a matrix product
+
+    @lazy
+    def present(self) -> Tensor:
+        return ~(self.true <= 0)  # also where it is NaN, which must show
+
+    @lazy
+    def weights(self) -> Tensor:
+        """What each class counts in the mean."""
+        weights = torch.ones_like(self.true) if self.absent == "penalise" else self.true.sign()
+        return weights if self.class_weights is None else weights * self.class_weights
+
+    def share(self, weights: Tensor) -> Tensor:
+        """What the losses of the classes are multiplied by in the result, which is their sum."""
+        if self.reduction == "none":
+            return weights
+        if self.reduction == "sum":
+            return weights * processes(self.sync) if self.per_image else weights
+        total = weights.sum(-1, keepdim=True)
+        # Without class weights it is a number of classes, and only none must not divide.
+        counted = self.class_weights is None
+        share = weights / total.clamp(min=1) if counted else divide(weights, total)
+        if not self.per_image:
+            return share
+        images = weights.new_full((), len(weights))
+        return share * (processes(self.sync) / world_sum(images, self.sync))
+
+    def reduce(self, loss: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The losses of the classes ``(b, C)`` as the options ask."""
+        instead = divide(self.tp + self.fp, self.valid) if self.absent == "penalise" else 0
+        loss = torch.where(self.present, loss, instead)
+        loss = loss * self.share(self.weights if weights is None else weights)
+        if self.reduction == "none":
+            return loss if self.per_image else loss.squeeze(0)
+        return loss.sum()
+
+    def losses(self, formulas: Sequence[RegionFormula]) -> list[Tensor]:
+        """The loss of each formula, those of the Tversky family in closed form."""
+        closed = self.reduction != "none" and self.absent == "skip"
+        family = [f for f in formulas if closed and type(f) is Tversky]
+        values: list[Tensor] = []
+        if family:
+            share = self.share(self.weights)
+            values = list(tversky_losses(self.counts, _numbers(family, share), share).split(1))
+        return [
+            values.pop(0).squeeze(0)
+            if f in family
+            else self.reduce(f.of_classes(self), f.weights(self))
+            for f in formulas
+        ]
+
+
+def _numbers(family: Sequence[Tversky], like: Tensor) -> Numbers:
+    rows = [(formula.alpha, formula.beta, formula.smooth) for formula in family]
+    if len(rows) == 1:
+        return rows[0]
+    columns = torch.tensor(rows, dtype=like.dtype).t()[..., None, None]
+    return columns.to(like.device, non_blocking=True)
+
+
+def region_batch(logits: Tensor, target: Tensor, options: RegionOptions) -> Batch:
+    """The batch of a loss that counts for itself and leaves the rest to :class:`Regions`."""
+    known = ("mode", "ignore_index", "pixel_weight", "validate")
+    given: Any = {key: value for key, value in options.items() if key in known}
+    return segmentation_batch(logits, target, **given)
+
+
+def _region_loss(
+    formula: RegionFormula,
+    logits: Tensor,
+    target: Tensor,
+    *,
     mode: Mode | None = None,
     ignore_index: int | None = None,
     class_weights: Tensor | Sequence[float] | None = None,
@@ -411,59 +566,43 @@ def regions(
     sync: bool = False,
     validate: bool = False,
     pixel_weight: Tensor | None = None,
-) -> Regions:
-    """Count, or take the counts that are there, and pool them as asked."""
-    s = statistics(
+) -> Tensor:
+    batch = segmentation_batch(
         logits,
         target,
-        ["regions", *more],
         mode=mode,
         ignore_index=ignore_index,
         pixel_weight=pixel_weight,
         validate=validate,
     )
-    counts = [s.tp, s.fp, s.fn, s.pred, s.true, s.batch.valid()]
-    counts.append(s.pred_sq + s.true_sq if "squares" in more else torch.zeros_like(s.true))
-    counts.append(s.negatives() if "negatives" in more else torch.zeros_like(s.true))
-    pooled = pool(torch.stack(counts), per_image=per_image, sync=sync).unbind()
-    tp, fp, fn, pred, true, valid, squares, negatives = pooled
-    return Regions(
-        tp,
-        fp,
-        fn,
-        pred,
-        true,
-        valid,
-        s.batch.per_class(class_weights),
-        per_image,
-        absent,
-        reduction,
-        sync,
-        squares,
-        negatives,
+    regions = Regions(
+        measure(batch, formula.needs()),
+        class_weights=class_weights,
+        per_image=per_image,
+        absent=absent,
+        reduction=reduction,
+        sync=sync,
     )
+    return regions.losses([formula])[0]
 
 
-def pool(counts: Tensor, *, per_image: bool = False, sync: bool = False, **_: Any) -> Tensor:
-    """Counts ``(N, B, C)`` as the options ask: ``(N, C)`` of the batch, or of each image."""
-    return counts if per_image else world_sum(counts.sum(1), sync)
-
-
-def region_batch(logits: Tensor, target: Tensor | None, options: RegionOptions) -> Batch:
-    """The batch of a loss that counts for itself and leaves the rest to :func:`regions`."""
-    known = ("mode", "ignore_index", "pixel_weight", "validate")
-    given: Any = {key: value for key, value in options.items() if key in known}
-    return segmentation_batch(logits, target, **given)
-
-
-class RegionLoss(Loss):
+class RegionLoss(FormulaLoss):
     """A loss that is a formula on the counts of each class."""
 
-    common = staticmethod(regions)
+    common = staticmethod(_region_loss)
     shared = ("mode", "ignore_index", "validate")
 
-    def needs(self) -> list[Need]:
-        return ["regions"]
+    def pooled(self) -> tuple[Any, ...]:
+        """What two losses agree on that count in the same way."""
+        options = self.options
+        names = ("per_image", "absent", "reduction", "sync")
+        return *(options[name] for name in names), options["class_weights"]
+
+    def regions(self, statistics: Statistics) -> Regions:
+        return Regions(statistics, **self.options)
+
+    def evaluate(self, statistics: Statistics) -> Tensor:
+        return self.regions(statistics).losses([self.made()])[0]
 
 
 @register("dice", "segmentation")
@@ -471,6 +610,7 @@ class DiceLoss(RegionLoss):
     """Module form of :func:`dice_loss`."""
 
     function = staticmethod(dice_loss)
+    formula = staticmethod(dice)
 
 
 @register("jaccard", "segmentation")
@@ -478,6 +618,7 @@ class JaccardLoss(RegionLoss):
     """Module form of :func:`jaccard_loss`."""
 
     function = staticmethod(jaccard_loss)
+    formula = staticmethod(jaccard)
 
 
 @register("tversky", "segmentation")
@@ -485,6 +626,7 @@ class TverskyLoss(RegionLoss):
     """Module form of :func:`tversky_loss`."""
 
     function = staticmethod(tversky_loss)
+    formula = Tversky
 
 
 @register("focal_tversky", "segmentation")
@@ -492,6 +634,7 @@ class FocalTverskyLoss(RegionLoss):
     """Module form of :func:`focal_tversky_loss`."""
 
     function = staticmethod(focal_tversky_loss)
+    formula = FocalTversky
 
 
 @register("squared_dice", "segmentation")
@@ -499,9 +642,7 @@ class SquaredDiceLoss(RegionLoss):
     """Module form of :func:`squared_dice_loss`."""
 
     function = staticmethod(squared_dice_loss)
-
-    def needs(self) -> list[Need]:
-        return ["regions", "squares"]
+    formula = SquaredDice
 
 
 @register("generalised_dice", "segmentation")
@@ -509,6 +650,7 @@ class GeneralisedDiceLoss(RegionLoss):
     """Module form of :func:`generalised_dice_loss`."""
 
     function = staticmethod(generalised_dice_loss)
+    formula = GeneralisedDice
 
 
 @register("log_cosh_dice", "segmentation")
@@ -516,6 +658,7 @@ class LogCoshDiceLoss(RegionLoss):
     """Module form of :func:`log_cosh_dice_loss`."""
 
     function = staticmethod(log_cosh_dice_loss)
+    formula = LogCoshDice
 
 
 @register("f1", "segmentation")
@@ -523,6 +666,7 @@ class F1Loss(RegionLoss):
     """Module form of :func:`f1_loss`."""
 
     function = staticmethod(f1_loss)
+    formula = staticmethod(f_measure)
 
 
 @register("mcc", "segmentation")
@@ -530,3 +674,4 @@ class MCCLoss(RegionLoss):
     """Module form of :func:`mcc_loss`."""
 
     function = staticmethod(mcc_loss)
+    formula = MCC

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import LOSSES, Kind, Loss, Ramp, check_choice
-from .statistics import statistics
+from .shared import together
 
 Weight = float | Ramp | Literal["learned"]
 
@@ -583,10 +583,7 @@ class LossSum(nn.Module):
         results: dict[int, Tensor] = {}
         for members in self.groups:
             losses = [self.terms[index] for index in members]
-            shared: Any = {key: loss.options[key] for loss in losses for key in loss.shared}
-            needs = [need for loss in losses for need in loss.needs()]
-            found = statistics(prediction, target, needs, **shared, **weights)
-            results |= {index: loss(found) for index, loss in zip(members, losses, strict=True)}
+            results |= zip(members, together(losses, prediction, target, **weights), strict=True)
         for index, loss in enumerate(self.terms):
             if index not in results:
                 own = {key: call[key] for key in loss.extra if key in call}
@@ -625,7 +622,9 @@ class LossSum(nn.Module):
 
     def weighted(self, name: str, value: Tensor) -> Tensor:
         """A term's part of the sum, from the value of its loss."""
-        value = value * self.factor(name)
+        factor = self.factor(name)
+        if isinstance(factor, Tensor) or factor != 1:
+            value = value * factor
         log_variance = self._parameters.get(_LEARNED + name)
         return value if log_variance is None else value + log_variance
 

@@ -59,7 +59,7 @@ from detseg_losses.layout import Batch, Mode, segmentation_batch
 from detseg_losses.lovasz import lovasz_loss
 from detseg_losses.pixels import cross_entropy_loss
 from detseg_losses.pointwise import Formula, Label, Sigmoid, mix, pointwise
-from detseg_losses.statistics import statistics
+from detseg_losses.statistics import measure
 
 BINARY_MODE: Mode = "binary"
 MULTICLASS_MODE: Mode = "multiclass"
@@ -124,10 +124,10 @@ class _RegionLoss(_Loss):
         if not self.from_logits:
             return self._counts_of_probabilities(logits, target)
         needs = [] if self.mode == MULTICLASS_MODE else [Overlap()]
-        found = statistics(
-            logits, target, ["regions", *needs], mode=self.mode, ignore_index=self.ignore_index
-        )
-        return found.sums.get(Overlap(), found.tp), found.pred, found.true
+        batch = segmentation_batch(logits, target, mode=self.mode, ignore_index=self.ignore_index)
+        found = measure(batch, ["regions", *needs])
+        fp, tp, _, true = found.counts
+        return found.sums.get(Overlap(), tp), tp + fp, true
 
     def _counts_of_probabilities(self, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch = segmentation_batch(p, target, mode=self.mode, ignore_index=self.ignore_index)

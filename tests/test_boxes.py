@@ -17,6 +17,8 @@ import references
 from detseg_losses import (
     LOSSES,
     alpha_iou_loss,
+    box_kernel,
+    boxes,
     complete_box_iou_loss,
     eiou_loss,
     focal_eiou_loss,
@@ -421,3 +423,143 @@ def test_boxes_of_any_size_are_one_loss(loss: Any, side: float) -> None:
     torch.testing.assert_close(values, loss(unit, other))
     values.sum().backward()
     assert boxes.grad.isfinite().all()
+
+
+KERNELS: list[Any] = ["iou", "giou", "diou", "ciou"]
+Found = tuple[Tensor, Tensor, Tensor]
+
+
+def pairs(count: int = 3000) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs of boxes ``(count, 4)`` of every kind."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=torch.float64, generator=generator)
+
+    def valid() -> Tensor:
+        corner = random(count, 2) * 10
+        return torch.cat((corner, corner + random(count, 2) * 8 + 0.1), 1)
+
+    def whole(limit: int) -> Tensor:
+        return torch.randint(0, limit, (count, 4), generator=generator).double()
+
+    def in_order(boxes: Tensor) -> Tensor:
+        first, last = boxes.split(2, 1)
+        return torch.cat((torch.minimum(first, last), torch.maximum(first, last)), 1)
+
+    one = valid()
+    return {
+        "valid": (valid(), valid()),
+        "inverted": (random(count, 4) * 10, random(count, 4) * 10),
+        "identical": (one, one.clone()),
+        "nested": (one, one + torch.tensor([0.04, 0.04, -0.04, -0.04])),
+        "touching": (in_order(whole(5)), in_order(whole(5))),
+        "lines and points, inverted too": (whole(3), whole(3)),
+    }
+
+
+def of_both(loss: Any, a: Tensor, b: Tensor) -> Found:
+    """Losses and the gradients of either box."""
+    a, b = (boxes.detach().clone().requires_grad_() for boxes in (a, b))
+    losses = loss(a, b)
+    return losses.detach(), *torch.autograd.grad(losses.sum(), (a, b))
+
+
+def by_formula(name: Any, eps: float = 0) -> Any:
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        pair = boxes._Pair(a, b, eps)
+        return pair.reduce(boxes._FORMULAS[name](pair))
+
+    return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [0, 1e-7, 0.5])
+@pytest.mark.parametrize("kind", pairs(1))
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_is_its_formula(name: Any, kind: str, eps: float, dtype: torch.dtype) -> None:
+    a, b = (boxes.to(dtype) for boxes in pairs()[kind])
+    got = of_both(lambda a, b: FAMILY[name](a, b, eps=eps), a, b)
+    torch.testing.assert_close(got, of_both(by_formula(name, eps), a, b), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["valid", "inverted"])
+@pytest.mark.parametrize("name", ["iou", "giou", "diou"])  # CIoU takes a factor for a constant
+def test_gradients_of_gradients(name: str, kind: str) -> None:
+    a, b = (boxes.requires_grad_() for boxes in pairs(12)[kind])
+    for loss in (FAMILY[name], lambda a, b: FAMILY[name](a, b, "mean", 0.5)):
+        assert torch.autograd.gradcheck(loss, (a, b))
+        assert torch.autograd.gradgradcheck(loss, (a, b))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_by_any_way(name: str) -> None:
+    """Twice, of one box, of none, of boxes that depend on each other, through torch.func."""
+    loss, formula = FAMILY[name], by_formula(name)
+    a, b = pairs(20)["valid"]
+    losses, slope1, slope2 = of_both(formula, a, b)
+    a.requires_grad_()
+    value = loss(a, b)
+    weights = torch.arange(20.0).double()
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(value, a, weights, retain_graph=True)
+        assert_same(grad, slope1 * weights[:, None])
+    with torch.no_grad():
+        assert_same(loss(a, b), losses)
+    a.requires_grad_(False)
+    assert not loss(a, b).requires_grad
+    assert_same(value_and_grad(lambda b: loss(a, b), b), (losses, slope2))
+
+    def penalty(loss: Any, a: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(loss(a, a * a / 4).sum(), a, create_graph=True)
+        return grad.square().sum()
+
+    a.requires_grad_()
+    expected = torch.autograd.grad(penalty(formula, a), a)
+    assert_same(torch.autograd.grad(penalty(loss, a), a), expected)
+    a = a.detach()
+    assert_same(torch.func.vmap(torch.func.grad(loss))(a, b), slope1)
+    (moved,) = torch.func.jvp(lambda a: loss(a, b), (a,), (b,))[1:]
+    assert_same(moved, (slope1 * b).sum(1))
+    assert torch.func.hessian(loss)(a[0], b[0]).shape == (4, 4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_blocks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pairs(20)["valid"]
+    expected = of_both(FAMILY[name], a, b)
+    monkeypatch.setattr(box_kernel, "BLOCK", 7)
+    assert_same(of_both(FAMILY[name], a, b), expected)
+    assert_same(value_and_grad(FAMILY[name], a, b), expected[:2])
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_device_without_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (boxes.float() for boxes in pairs(200)["valid"])
+    expected = of_both(FAMILY[name], a, b)
+    for module in (boxes, box_kernel):
+        monkeypatch.setattr(module, "wide", lambda boxes: boxes.dtype)
+    torch.testing.assert_close(of_both(FAMILY[name], a, b), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["iou", "giou", "ciou", "eiou"])
+def test_a_line_can_grow_into_a_box(name: str) -> None:
+    """By the slope that a length has at 0."""
+    _, grad = value_and_grad(
+        FAMILY[name], torch.tensor([5.0, 0, 5, 10]), torch.tensor([0.0, 0, 10, 10])
+    )
+    assert grad[0] > 0 > grad[2]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_gradients_of_the_smallest_and_largest_boxes_are_finite(name: str) -> None:
+    """Of every float32, those included of which the reciprocal is none."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = 10 ** (torch.rand(2, 500, 4, generator=generator, dtype=torch.float64) * 82 - 45)
+    a, b = a.float(), b.float()
+    a[::2, :2] = 0
+    b[::3, :2] = 0
+    found = of_both(FAMILY[name], a, b)
+    assert all(values.isfinite().all() for values in found)
+    if name != "nwd":
+        assert_same(found[0], FAMILY[name](a.double(), b.double()).float(), rtol=1e-6)

@@ -20,9 +20,10 @@ from detseg_losses import (
     log_cosh_dice_loss,
     mcc_loss,
     squared_dice_loss,
-    statistics,
     tversky_loss,
 )
+from detseg_losses.layout import segmentation_batch
+from detseg_losses.statistics import measure
 from references import value_and_grad
 
 WEIGHTS = [0.5, 1.0, 4.0]
@@ -447,8 +448,9 @@ def test_counts_of_large_images_keep_their_digits() -> None:
     places = 1 << 20
     y = (torch.arange(places) % 2).to(torch.uint8).unsqueeze(0)
     weight = torch.full((1, places), 0.1)
-    counts = statistics(torch.zeros(1, 2, places), y, ["regions"], pixel_weight=weight)
-    for found, share in ((counts.true, 0.5), (counts.pred, 0.5), (counts.tp, 0.25)):
+    batch = segmentation_batch(torch.zeros(1, 2, places), y, pixel_weight=weight)
+    fp, tp, fn, true = measure(batch, ["regions"]).counts
+    for found, share in ((true, 0.5), (fp, 0.25), (tp, 0.25), (fn, 0.25)):
         expected = torch.full((1, 2), 0.1 * share * places)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)
 

@@ -548,11 +548,8 @@ def test_equals_smp_losses_outside(mode, images, masks):
 
 def test_the_changed_term_is_the_one_called(images, masks):
     model = use_losses(small_unet(), "ce + tversky(alpha=0.9, beta=0.1)")
-    calls = []
-    for term in model.loss.terms:
-        term.register_forward_hook(lambda term, *_: calls.append(repr(term)))
     losses = model(images, masks)
-    assert calls == ["ce", "tversky(alpha=0.9, beta=0.1)"]
+    assert list(losses) == ["ce", "tversky"]
     p, y = model(images).softmax(1), F.one_hot(masks, 3).movedim(-1, 1)
     tp, fp, fn = ((a * b).sum((0, 2, 3)) for a, b in ((p, y), (p, 1 - y), (1 - p, y)))
     torch.testing.assert_close(losses["tversky"], (1 - tp / (tp + 0.9 * fp + 0.1 * fn)).mean())

@@ -27,9 +27,9 @@ from detseg_losses import (
     sigmoid_focal_loss,
     tversky_loss,
 )
+from detseg_losses._engine.softmax import _Softmax
 from detseg_losses.pointwise import _Pointwise
 from detseg_losses.spec import read_stages
-from detseg_losses.statistics import _Softmax
 
 
 def sample() -> tuple[Tensor, Tensor]:

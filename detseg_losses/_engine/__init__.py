@@ -1,0 +1,1 @@
+"""What touches the logits; README.md in this folder says how."""
