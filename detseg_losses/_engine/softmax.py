@@ -132,7 +132,7 @@ def _counted(values: Tensor, ignored: Tensor | None) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
-    """The statistics, and the probabilities, which are kept for backward."""
+    """The statistics, and the probabilities where they are kept for backward."""
 
     @staticmethod
     def forward(
@@ -154,7 +154,8 @@ class _Softmax(torch.autograd.Function):
                 None if smooth is None else tile.of(smooth),
                 counts[:, tile.part, tile.rows] if rows else None,
             )
-        kept = p if p.dtype == logits.dtype else None  # beside half precision it would be large
+        # Formulas on the maps keep those; and beside half precision p would be twice as large.
+        kept = p if rows and p.dtype == logits.dtype else None
         return nll, smooth, _of_parts(counts) if rows else None, kept
 
     @staticmethod
