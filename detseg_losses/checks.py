@@ -33,6 +33,12 @@ def in_blocks(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def shown(value: Any) -> str:
+    """A value for a message: its ``repr``, of which 60 characters are enough."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 # Options
 
 
@@ -67,7 +73,7 @@ class Number:
 
     def __call__(self, option: str, value: Any) -> None:
         if not self.holds(value) and not any(value is each for each in self.other):
-            raise ValueError(f"{option} must {self.words}: {value!r}")
+            raise ValueError(f"{option} must {self.words}: {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,15 @@ class PerClass:
             self.single(option, value)
             return
         if not _is_many(value) and self.single is None:
-            raise ValueError(f"{option} must be one number for each class, (C,): {value!r}")
+            raise ValueError(
+                f"{option} must be finite numbers from 0 up, one for each class, (C,): "
+                f"{shown(value)}"
+            )
         numbers = _numbers(value)
         for index, number in enumerate(numbers):
             if not self.each.holds(number):
                 which = f" for class {index}{self.hint}" if len(numbers) > 1 else ""
-                raise ValueError(f"{option} must {self.each.words}: {number!r}{which}")
+                raise ValueError(f"{option} must {self.each.words}: {shown(number)}{which}")
 
 
 def _is_many(value: Any) -> bool:
@@ -126,15 +135,15 @@ class Choice:
 def check_choice(option: str, value: object, choices: Any) -> None:
     """Raise a ValueError that names ``option`` unless ``value`` is one of a Literal's choices."""
     if value not in get_args(choices):
-        raise ValueError(f"{option} must be one of {get_args(choices)}, not {value!r}")
+        raise ValueError(f"{option} must be one of {get_args(choices)}, not {shown(value)}")
 
 
 def flag(option: str, value: Any) -> None:
     if type(value) is not bool:
-        raise TypeError(f"{option!r} is True or False, not {value!r}")
+        raise TypeError(f"{option!r} is True or False, not {shown(value)}")
 
 
-NOT_NEGATIVE = Number("not be negative or infinite", 0)
+NOT_NEGATIVE = Number("be a finite number from 0 up", 0)
 POSITIVE = Number("be positive and finite", 0, above=True)
 SHARE = Number("be in [0, 1]", 0, 1)
 ABOVE_0_TO_1 = Number("be in (0, 1]", 0, 1, above=True)
@@ -237,11 +246,24 @@ def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule]) -> None
 # Tensors
 
 
+NUMBERS = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+"""The dtypes that losses can be computed from."""
+
+
 def check_tensors(**tensors: Any) -> None:
-    """Raise a TypeError that says what to do with what is not a tensor."""
+    """Raise a TypeError that says what to do with what is not a tensor, or not of real numbers."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(_not_a_tensor(name, value))
+        if value.dtype not in NUMBERS:
+            real = f"{name}.real or {name}.abs()" if value.is_complex() else None
+            real = real or f"{name}.{'dequantize' if value.is_quantized else 'float'}()"
+            kind = str(value.dtype).removeprefix("torch.")
+            raise TypeError(f"{name} must hold real numbers, and its dtype is {kind}; pass {real}")
 
 
 def _not_a_tensor(name: str, value: Any) -> str:
@@ -378,7 +400,7 @@ DIVIDE = "a mask of 0 and 255 must be divided by 255"
 
 
 def _remedy_of_label(value: Any, found: Tensor, count: int) -> str:
-    void = f"if {value} marks pixels that are to be ignored, pass ignore_index={value}"
+    void = _void(value)
     if value == 255 and bool(((found == 0) | (found == 255)).all()):
         # It may be the foreground, which an ignore_index would drop without a word.
         return DIVIDE if count <= 2 else f"{DIVIDE}; {void}"
@@ -389,10 +411,18 @@ def _remedy_of_label(value: Any, found: Tensor, count: int) -> str:
     return "relabel it, or make a model of more classes"
 
 
+def _void(value: float) -> str:
+    return f"if {value:.0f} marks pixels that are to be ignored, pass ignore_index={value:.0f}"
+
+
 def _remedy_of_value(value: Any, found: Tensor) -> str:
+    if math.isnan(value):
+        return "the target holds NaN: mend the data, or what computes it"
+    if value < 0 and value % 1 == 0:
+        return f"{_void(value)}; else relabel it"
     outside = found[~((found >= 0) & (found <= 1))]
     if value == 255 and bool((found == 1).any()) and bool((outside == 255).all()):
-        return "if 255 marks pixels that are to be ignored, pass ignore_index=255"
+        return _void(value)
     if bool((outside > 2).any()) and found.max() <= 255:
         return DIVIDE
     if value > 1 and value % 1 == 0:

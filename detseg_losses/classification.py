@@ -27,7 +27,7 @@ from .base import (
     world_sum,
 )
 from .checks import Mode, balance, checked
-from .layout import Batch, detection_batch, segmentation_batch
+from .layout import Batch, check_one_weight, detection_batch, segmentation_batch
 from .pointwise import Formula, Label, Sigmoid, column, mix, pointwise, power, spend
 from .statistics import Need, Statistics
 
@@ -532,6 +532,7 @@ def _sigmoid_loss(
     pixel_weight: Tensor | None = None,
 ) -> Tensor:
     if mode is None:
+        check_one_weight(weight, pixel_weight)
         weight = pixel_weight if weight is None else weight
         batch = detection_batch(
             inputs, targets, ignore_index=ignore_index, weight=weight, validate=validate

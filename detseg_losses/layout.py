@@ -89,7 +89,7 @@ class Batch:
         """Values ``(B, P)`` as a map ``(B, *)``."""
         return values.reshape(self.shape[0], *self.shape[2:])
 
-    def per_class(self, weights: Any) -> Any:
+    def per_class(self, weights: Any, option: str = "class_weights") -> Any:
         """Numbers of the classes as a tensor ``(C,)`` beside the logits; None as it is.
 
         Raises:
@@ -98,10 +98,11 @@ class Batch:
         if weights is None:
             return None
         weights = torch.as_tensor(weights, dtype=self.dtype, device=self.logits.device)
-        check_constant("weights of the classes", weights)
+        check_constant(option, weights)
         if weights.dim() and weights.shape != self.logits.shape[1:2]:
             raise ValueError(
-                f"weights of the shape {tuple(weights.shape)} for {self.logits.shape[1]} classes"
+                f"{option} has the shape {tuple(weights.shape)} for {self.logits.shape[1]} "
+                "classes; pass one number for each"
             )
         return weights
 
@@ -209,6 +210,12 @@ def segmentation_batch(
     return Batch(x, y, kept, logits.shape, mode)
 
 
+def check_one_weight(weight: Tensor | None, pixel_weight: Tensor | None) -> None:
+    """Raise a ValueError where a weight is given by both of its names."""
+    if weight is not None and pixel_weight is not None:
+        raise ValueError("weight and pixel_weight are two names for one thing; pass one of them")
+
+
 def _of_places(
     shape: torch.Size, pixel_weight: Tensor | None, weight: Tensor | None, validate: bool
 ) -> Tensor:
@@ -216,9 +223,8 @@ def _of_places(
 
     Only ``weight`` can be of entries: what is pooled over the classes has a weight for each pixel.
     """
+    check_one_weight(weight, pixel_weight)
     name, values = ("pixel_weight", pixel_weight) if weight is None else ("weight", weight)
-    if weight is not None and pixel_weight is not None:
-        raise ValueError("weight and pixel_weight are two names for one thing; pass one of them")
     check_weight(name, values, validate)
     assert values is not None
     images, channels, *rest = shape

@@ -361,7 +361,7 @@ class Pixels:
         """Values times the weight of each pixel's class, and times that class's alpha."""
         factor = self.class_weight
         if alpha is not None:
-            alpha = self.batch.per_class(alpha).expand(self.batch.logits.shape[1])
+            alpha = self.batch.per_class(alpha, "alpha").expand(self.batch.logits.shape[1])
             alpha = alpha[self.batch.labels()]
             factor = alpha if factor is None else alpha * factor  # autograd keeps this alone
         return values if factor is None else values * factor

@@ -147,15 +147,17 @@ class Formula:
 
     def fitted(self, batch: Batch) -> Formula:
         """This formula with its tensors checked and beside the logits."""
-        return self._map(batch.per_class)
+        return self._map(lambda option, values: batch.per_class(values, option))
 
     def of_classes(self, index: Tensor) -> Formula:
         """This formula for entries of the classes ``index``, whatever its shape."""
-        return self._map(lambda values: values[index] if values.dim() else values)
+        return self._map(lambda _, values: values[index] if values.dim() else values)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Formula:
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Formula:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: change(v) for k, v in values.items() if isinstance(v, Tensor)})
+        return replace(
+            self, **{k: change(k, v) for k, v in values.items() if isinstance(v, Tensor)}
+        )
 
 
 def column(weights: Any) -> Any:

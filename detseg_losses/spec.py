@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import LOSSES, Kind, Loss, Ramp, check_choice
+from .checks import shown
 from .shared import together
 
 Weight = float | Ramp | Literal["learned"]
@@ -116,7 +117,8 @@ def check_text(spec: object) -> None:
     """Raise a TypeError unless a loss string is a str."""
     if not isinstance(spec, str):
         raise TypeError(
-            f"a loss string is a str such as 'giou + focal', not {type(spec).__name__}: {spec!r}"
+            f"a loss string is a str such as 'giou + focal', not {type(spec).__name__}: "
+            f"{shown(spec)}"
         )
 
 
@@ -412,8 +414,7 @@ def _make(
     """The loss of one term, or the losses of a sum that has a name."""
     name, column = term.name, term.columns[""]
     if name not in LOSSES | SUMS:
-        hint = nearest(name, names_of_kind(kind) if kind else LOSSES | SUMS)
-        raise _error(spec, column, f"no loss {_short(name)}{hint}")
+        raise _error(spec, column, f"no loss {_short(name)}; {_meant(name, kind)}")
     cls = (LOSSES | SUMS)[name]
     if kind is not None:
         _check_kind(cls, name, kind)
@@ -463,6 +464,44 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there are {', '.join(sorted(by_lower.values()))}"
 
 
+def _meant(name: str, kind: Kind | None) -> str:
+    """What to write for a name that is none: also for those of classes, functions and pairs."""
+    import difflib
+
+    known = LOSSES | SUMS
+    called = {_bare(alias): each for each, cls in known.items() for alias in _aliases(cls)}
+    called |= {_bare(each): each for each in known}
+    bare = _bare(name[:60])
+    found = [called[bare]] if bare in called else _pair(bare, called)
+    advice = f"write {'+'.join(found)!r}"
+    if not found:
+        found = [called[each] for each in difflib.get_close_matches(bare, called, n=1)]
+        advice = f"did you mean {''.join(found)!r}?"
+    if not found:
+        return f"there are {', '.join(names_of_kind(kind) if kind else sorted(known))}"
+    for each in found:
+        if kind is not None and kind not in known[each].kinds:
+            return _other_kind(each, kind)
+    return advice
+
+
+def _aliases(cls: type[Loss | NamedSum]) -> list[str]:
+    """What else a loss is called."""
+    return [cls.__name__, *([cls.function.__name__] if issubclass(cls, Loss) else [])]
+
+
+def _bare(name: str) -> str:
+    return re.sub("_|loss", "", name.lower())
+
+
+def _pair(bare: str, called: dict[str, str]) -> list[str]:
+    """The losses of a name such as ``bcedice``; none where it is not two."""
+    for end in range(1, len(bare)):
+        if bare[:end] in called and bare[end:] in called:
+            return [called[bare[:end]], called[bare[end:]]]
+    return []
+
+
 def warn(message: str) -> None:
     """Warn of the line that led here from outside of this package and those that it is put into."""
     inner = ("detseg_losses", "torch", "torchvision", "transformers", "ultralytics")
@@ -478,11 +517,11 @@ def _short(text: str) -> str:
 
 
 def _error(spec: str, column: int, message: str) -> SpecError:
-    shown = spec
-    if len(spec) > 200:
-        first = max(0, min(column - 100, len(spec) - 200))
-        shown = "..." * (first > 0) + spec[first : first + 200] + "..." * (first + 200 < len(spec))
-    return SpecError(f"loss {shown!r}, column {column}: {message}")
+    part = spec
+    if len(spec) > 120:
+        first = max(0, min(column - 60, len(spec) - 120))
+        part = "..." * (first > 0) + spec[first : first + 120] + "..." * (first + 120 < len(spec))
+    return SpecError(f"loss {part!r}, column {column}: {message}")
 
 
 class LossSum(nn.Module):
@@ -885,10 +924,15 @@ EXAMPLES: dict[Kind, tuple[str, ...]] = {
 def _check_kind(cls: type[Loss | NamedSum], name: str, kind: Kind) -> None:
     check_choice("kind", kind, Kind)
     if kind not in cls.kinds:
-        raise SpecError(
-            f"{name!r} is a loss of {' or '.join(cls.kinds)}, not of {kind}; "
-            f"write for example {' or '.join(map(repr, EXAMPLES[kind]))}"
-        )
+        raise SpecError(_other_kind(name, kind))
+
+
+def _other_kind(name: str, kind: Kind) -> str:
+    kinds = (LOSSES | SUMS)[name].kinds
+    return (
+        f"{name!r} is a loss of {' or '.join(kinds)}, not of {kind}; "
+        f"write for example {' or '.join(map(repr, EXAMPLES[kind]))}"
+    )
 
 
 def names_of_kind(kind: Kind) -> list[str]:

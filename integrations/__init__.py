@@ -60,6 +60,8 @@ _ADAPTED = {
 ADAPTERS = {model: name for name, models in _ADAPTED.items() for model in models}
 """The file that adapts each model class, and what is derived from it."""
 
+FAMILIES = "torchvision's detectors and segmentation models, SMP, transformers, and Ultralytics"
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -174,5 +176,10 @@ def _adapter(model_class: type, model: object = None) -> ModuleType:
         raise TypeError(
             f"{model_class.__name__} wraps a model: call use_losses on the model, then wrap it"
         )
-    known = ", ".join(sorted(path.rpartition(".")[2] for path in ADAPTERS))
-    raise TypeError(f"no adapter for {model_class.__name__}; there are adapters for {known}")
+    import difflib  # which is for mistakes only
+
+    name = model_class.__name__[:60]
+    known = [path.rpartition(".")[2] for path in ADAPTERS]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"; the nearest class that has one is {near[0]}" if near else ""
+    raise TypeError(f"no adapter for {name}; there are adapters for {FAMILIES}{hint}")

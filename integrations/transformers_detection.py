@@ -105,7 +105,8 @@ def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
     restore_losses(model)
     # A submodule, so that it follows the model to its device and an optimizer finds its weights.
     model.detseg_losses = loss
-    model.loss_function = LossFunction(loss, model, roles)
+    model.loss_function = function = LossFunction(loss, model, roles)
+    function.hook = model.register_forward_pre_hook(_check_labels, with_kwargs=True)
     return model
 
 
@@ -135,10 +136,18 @@ def restore_losses(model: PreTrainedModel) -> PreTrainedModel:
     """Undo :func:`use_losses`, in place."""
     function = vars(model).get("_loss_function")
     if isinstance(function, LossFunction):
+        function.hook.remove()
         del model.detseg_losses, model._loss_function
         if function.before is not None:
             model.loss_function = function.before
     return model
+
+
+def _check_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the denoising of some models looks labels up, where torch would give no reason."""
+    call = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    labels = call.get("labels") or ()
+    check_class_labels([each["class_labels"] for each in labels], model.config.num_labels)
 
 
 class LossFunction:
@@ -157,6 +166,7 @@ class LossFunction:
         self.loss_type = model.loss_type
         self.roles = roles
         self.before = vars(model).get("_loss_function")
+        self.hook: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         """What the model's own function returns, with other losses.

@@ -164,6 +164,20 @@ def test_wrong_types_are_named(cls: type[nn.Module]) -> None:
             use_losses(other, "giou+focal")  # type: ignore[type-var]
 
 
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("Linear", "SMP, transformers, and Ultralytics"),
+        ("MyRetinaNet", "Ultralytics; the nearest class that has one is RetinaNet"),
+        ("A" * 9000, "Ultralytics"),
+    ],
+)
+def test_a_class_without_an_adapter(name: str, end: str) -> None:
+    with pytest.raises(TypeError, match=f"^no adapter for {name[:60]};.*{end}$") as caught:
+        use_losses(type(name, (torch.nn.Module,), {})(), "ce")
+    assert len(str(caught.value)) < 250
+
+
 @pytest.mark.parametrize("cls", DETECTORS)
 @pytest.mark.parametrize("label", [CLASSES, 1000, -1, 0])
 def test_labels_out_of_range_are_named(cls: Any, label: int) -> None:

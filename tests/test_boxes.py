@@ -344,7 +344,7 @@ def test_alpha_below_1_is_finite_too() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("focal_eiou", {"gamma": -1}, "gamma must not be negative or infinite: -1"),
+        ("focal_eiou", {"gamma": -1}, "gamma must be a finite number from 0 up: -1"),
         ("siou", {"theta": 0}, "theta must be positive and finite: 0"),
         ("mpdiou", {"diagonal": -5.0}, "diagonal must be positive and finite: -5"),
         ("wiou", {"mean": 0.0}, "mean must be positive and finite: 0"),

@@ -82,6 +82,23 @@ def test_class_weights_are_one_for_each_class(name: str, value: Any) -> None:
     refused(name, ValueError, "class_weights must", class_weights=value)
 
 
+@pytest.mark.parametrize("value", [True, "a"])
+@pytest.mark.parametrize(("name", "option"), WEIGHTS)
+def test_weights_that_are_no_numbers(name: str, option: str, value: Any) -> None:
+    words = (
+        "be in .0, 1." if option == "alpha" and "softmax" not in name else "be (a )?finite number"
+    )
+    refused(name, ValueError, f"^{option} must {words}.*: {value!r}$", **{option: value})
+
+
+@pytest.mark.parametrize(("name", "option"), WEIGHTS)
+def test_weights_of_another_number_of_classes_name_the_option(name: str, option: str) -> None:
+    x, y = sample("segmentation")
+    loss = make(name, "segmentation", **{option: [1.0, 0.5]})
+    with pytest.raises(ValueError, match=rf"^{option} has the shape \(2,\) for 3 classes"):
+        loss(x, y)
+
+
 def test_weights_by_inverse_frequency_name_the_absent_class() -> None:
     """And what to take instead."""
     counts = torch.tensor([4, 0, 2])
@@ -146,8 +163,9 @@ def test_weights_of_the_entries_of_masks(name: str, mode: Any) -> None:
     torch.testing.assert_close(loss(x, y, weight=weight), (each * weight).sum() / weight.sum())
     with pytest.raises(ValueError, match=r"weight \(2, 2, 4, 5\) .* one an entry \(2, 3, 4, 5\)"):
         loss(x, y, weight=weight[:, :2])
-    with pytest.raises(ValueError, match="pass one of them"):
-        loss(x, y, weight=weight, pixel_weight=weight[:, 0])
+    for other in (loss, LOSSES[name]()):  # which reads the same as a head
+        with pytest.raises(ValueError, match=r"weight and pixel_weight .* pass one of them"):
+            other(x, y, weight=weight, pixel_weight=weight[:, 0])
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -168,6 +186,27 @@ def test_what_is_not_a_tensor(name: str, kind: str) -> None:
     for given, message in [(y.numpy(), r"torch.from_numpy\("), (None, "missing")]:
         with pytest.raises(TypeError, match=message):
             loss(x, given)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [(torch.complex64, "real or .*abs"), (torch.float8_e4m3fn, "float"), (torch.quint8, "deq")],
+)
+@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.filterwarnings("ignore:.*quantized tensor")
+def test_what_is_not_of_real_numbers(name: str, kind: str, dtype: torch.dtype, remedy: str) -> None:
+    x, y = sample(kind)
+    loss = make(name, kind)
+
+    def cast(values: Tensor) -> Tensor:
+        if dtype == torch.quint8:
+            return torch.quantize_per_tensor(values.detach().float(), 1.0, 0, dtype)
+        return values.to(dtype)
+
+    message = rf"must hold real numbers, and its dtype is {str(dtype)[6:]}; pass \w+\.{remedy}"
+    for given in ((cast(x), y), (x, cast(y))):
+        with pytest.raises(TypeError, match=message):
+            loss(*given)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.float32, torch.float16])
@@ -253,9 +292,23 @@ def test_a_negative_label_and_the_one_that_is_ignored() -> None:
         build_loss("ce", ignore_index=255)(torch.zeros(1, 2, 2, 3), mask(0, -1, 255)[..., :3])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_negative_label_of_a_binary_mask(dtype: torch.dtype) -> None:
+    x, y = torch.zeros(1, 1, 2, 3), mask(0, 1, -1)[:, :, :3].to(dtype)
+    with pytest.raises(ValueError, match=r"; if -1 marks .* pass ignore_index=-1; else relabel it"):
+        build_loss("dice")(x, y)
+    assert build_loss("dice", ignore_index=-1)(x, y).isfinite()
+
+
+def test_targets_of_nan_are_not_to_be_clamped() -> None:
+    y = torch.tensor([[[0.0, math.nan, 1.0]]])
+    with pytest.raises(ValueError, match=r"target\[0, 0, 1\] is nan, .* the target holds NaN: "):
+        build_loss("dice")(torch.zeros(1, 1, 1, 3), y)
+
+
 def test_a_ramp_is_checked_at_both_ends() -> None:
     for ramp in ("ramp(-1, 1, steps=9)", "ramp(1, -1, steps=9)"):
-        with pytest.raises(ValueError, match="smooth must not be negative"):
+        with pytest.raises(ValueError, match="smooth must be a finite number from 0 up"):
             build_loss(f"dice(smooth={ramp})")
 
 

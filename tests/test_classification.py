@@ -601,7 +601,7 @@ def test_binary_masks_without_a_channel() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": -1}, "gamma must not be negative"),
+        ({"gamma": -1}, "gamma must be a finite number"),
         ({"alpha": 1.5}, "alpha must be in"),
         ({"alpha": [0.1, 0.2]}, r"\(2,\) for 5 classes"),
         ({"class_weights": [1.0] * 6}, r"\(6,\) for 5 classes"),
@@ -618,15 +618,15 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
-        (quality_focal_loss, {"beta": -1}, "beta must not be negative"),
-        (varifocal_loss, {"alpha": -1}, "alpha must not be negative"),
-        (varifocal_loss, {"gamma": math.inf}, "gamma must not be negative or infinite"),
-        (asymmetric_loss, {"gamma_neg": -1}, "gamma_neg must not be negative"),
-        (asymmetric_loss, {"gamma_pos": math.nan}, "gamma_pos must not be negative"),
+        (quality_focal_loss, {"beta": -1}, "beta must be a finite number"),
+        (varifocal_loss, {"alpha": -1}, "alpha must be a finite number"),
+        (varifocal_loss, {"gamma": math.inf}, "gamma must be a finite number from 0 up"),
+        (asymmetric_loss, {"gamma_neg": -1}, "gamma_neg must be a finite number"),
+        (asymmetric_loss, {"gamma_pos": math.nan}, "gamma_pos must be a finite number"),
         (asymmetric_loss, {"margin": 1.5}, "margin must be in"),
         (poly_focal_loss, {"epsilon": -1.5}, "epsilon must not be below -1"),
         (poly_focal_loss, {"alpha": 2}, "alpha must be in"),
-        (poly_focal_loss, {"gamma": -1}, "gamma must not be negative"),
+        (poly_focal_loss, {"gamma": -1}, "gamma must be a finite number"),
         (ghm_loss, {"bins": 0}, "bins must be 1 or more, and no more than 65536: 0"),
     ],
 )

@@ -79,7 +79,7 @@ def test_empty_and_errors() -> None:
             loss(torch.zeros(3, 4), torch.zeros(3))
         with pytest.raises(ValueError, match="reduction must be one of"):
             loss(X, Y, "avg")
-    with pytest.raises(ValueError, match="beta must not be negative"):
+    with pytest.raises(ValueError, match="beta must be a finite number"):
         smooth_l1_loss(X, Y, beta=-1)
     with pytest.raises(ValueError, match="delta must be positive and finite: 0"):
         huber_loss(X, Y, delta=0)

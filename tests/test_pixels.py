@@ -444,13 +444,13 @@ def test_formulas_of_the_likelihood_need_labels(loss: Any) -> None:
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
-        (softmax_focal_loss, {"gamma": -1}, "gamma must not be negative"),
-        (softmax_focal_loss, {"alpha": -1}, "alpha must not be negative"),
+        (softmax_focal_loss, {"gamma": -1}, "gamma must be a finite number"),
+        (softmax_focal_loss, {"alpha": -1}, "alpha must be a finite number"),
         (softmax_focal_loss, {"alpha": [1.0, 2.0]}, r"\(2,\) for 3 classes"),
         (poly_cross_entropy_loss, {"epsilon": -1.5}, "epsilon must not be below -1"),
         (poly_cross_entropy_loss, {"epsilon": math.inf}, "epsilon must not be below -1"),
-        (symmetric_cross_entropy_loss, {"alpha": -1}, "alpha must not be negative"),
-        (symmetric_cross_entropy_loss, {"beta": math.nan}, "beta must not be negative"),
+        (symmetric_cross_entropy_loss, {"alpha": -1}, "alpha must be a finite number"),
+        (symmetric_cross_entropy_loss, {"beta": math.nan}, "beta must be a finite number"),
         (ohem_cross_entropy_loss, {"fraction": 0}, r"fraction must be in \(0, 1\]"),
         (ohem_cross_entropy_loss, {"thresh": 1.5}, r"thresh must be in \(0, 1\]"),
     ],

@@ -285,7 +285,7 @@ def test_an_unsuitable_loss_is_one_clear_line_and_changes_nothing(spec, message)
 
 
 def test_a_model_without_an_adapter_is_named():
-    with pytest.raises(TypeError, match=r"no adapter for Linear.*RetinaNet"):
+    with pytest.raises(TypeError, match="no adapter for Linear"):
         use_losses(torch.nn.Linear(1, 1), "ce")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from detseg_losses import (
+    LOSSES,
     CEDiceLoss,
     ComboLoss,
     LossSum,
@@ -119,8 +121,8 @@ def test_repr_keeps_every_digit(weight: str) -> None:
         ("focal(gamma)", 7, "options are given as name=value"),
         ("focal(gamma=)", 13, "the value of 'gamma' is not a number"),
         ("focal(gamma=1 alpha=2)", 15, "after a value of 'gamma' there must be ',' or ')'"),
-        ("GIoU + Focal", 1, "no loss 'GIoU'; did you mean 'giou'?"),
-        ("giou + FOCAL", 8, "did you mean 'focal'?"),
+        ("GIoU + Focal", 1, "no loss 'GIoU'; write 'giou'"),
+        ("giou + FOCAL", 8, "no loss 'FOCAL'; write 'focal'"),
         ("\N{LATIN SMALL LIGATURE FI}ou + ce", 1, "no loss '\N{LATIN SMALL LIGATURE FI}ou'"),
         ("focall", 1, "no loss 'focall'; did you mean 'focal'?"),
         ("ce + dicee", 6, "no loss 'dicee'; did you mean 'dice'?"),
@@ -362,7 +364,7 @@ def test_sums_pickle_and_deepcopy() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("giou + focal(gamma=-1)", "column 8: focal: gamma must not be negative"),
+        ("giou + focal(gamma=-1)", "column 8: focal: gamma must be a finite number"),
         ("iou(mode='x')", "iou: mode must be one of"),
         ("ce(label_smoothing='a')", "ce: label_smoothing must be in"),
         ("dice(smooth=1, absent='never')", "dice: absent must be one of"),
@@ -444,6 +446,41 @@ def test_a_sum_that_has_a_name_is_a_term_of_a_string() -> None:
     }.items():
         with pytest.raises(SpecError, match=message):
             build_loss(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((cls.__name__, name) for name, cls in LOSSES.items()),
+        *((cls.function.__name__, name) for name, cls in LOSSES.items()),
+        *((f"{name.title()}_Loss", name) for name in LOSSES),
+        ("cross_entropy", "ce"),
+        ("crossentropy", "ce"),
+        ("l1loss", "l1"),
+        ("focal_loss", "focal"),
+        ("bce_dice", "bce+dice"),
+        ("BCEDiceLoss", "bce+dice"),
+        ("ce_dice", "ce+dice"),
+        ("dicefocal", "dice+focal"),
+    ],
+)
+def test_what_else_a_loss_is_called_is_suggested(name: str, meant: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(f"no loss '{name}'; write '{meant}'") + "$"):
+        build_loss(name)
+
+
+@pytest.mark.parametrize("name", ["GIoU", "gioou", "giou_loss", "GIoULoss", "giou_dice"])
+def test_a_name_of_another_kind_is_said_to_be_that(name: str) -> None:
+    message = f"column 6: no loss '{name}'; 'giou' is a loss of boxes, not of segmentation"
+    with pytest.raises(SpecError, match=message):
+        build_loss(f"ce + {name}", kind="segmentation")
+
+
+@pytest.mark.parametrize("spec", [["a" * 9000], "a" * 9000, f"dice(mode='{'a' * 9000}')"])
+def test_messages_hold_the_beginning_of_what_is_long(spec: Any) -> None:
+    with pytest.raises((SpecError, TypeError)) as caught:
+        build_loss(spec)
+    assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("spec", [None, 1, b"ce", ["ce", "dice"], ("ce",), {"ce": 1}])

@@ -267,7 +267,7 @@ def test_a_spec_that_does_not_fit_is_one_clear_line_and_changes_nothing(
 
 
 def test_a_model_without_an_adapter_is_named():
-    with pytest.raises(TypeError, match=r"no adapter for Linear.*FCN"):
+    with pytest.raises(TypeError, match="no adapter for Linear"):
         use_losses(nn.Linear(1, 1), "ce")
 
 
