@@ -282,7 +282,7 @@ def _cases() -> Iterator[Case]:
             ("--outp=x", "outp"),
             (f"--output={'x' * 300}", "output"),
             ("--data.val_list=nowhere.txt", "nowhere.txt"),
-            ("--data.faults=refuse", "describes"),
+            ("--data.faults=refuse", "does not fit"),
         ):
             yield from single(tool, checkpoint, option, words=[word])
     seg = "--checkpoint=@/seg/last.ckpt"
