@@ -32,6 +32,7 @@ from detseg_losses.integrations.samples import (
     category_names,
     check_box,
     check_content,
+    check_ground_truth,
     check_image,
     check_results,
     choose_classes,
@@ -39,8 +40,8 @@ from detseg_losses.integrations.samples import (
     inside,
     read_image,
     read_text,
-    report_faults,
     shown,
+    summarize_faults,
     to_area,
     to_flag,
     to_id,
@@ -111,7 +112,7 @@ class CocoDetection(DetectionData):
         categories, items = _read(annotations, images, classes, faults, parse)
         boxes = [box for _, found in items for box in found]
         if extra is not None and not boxes:
-            found = f": {report_faults(faults)}" if faults else ""
+            found = f": {summarize_faults(faults)}" if faults else ""
             raise DataError(f"{annotations}: there is no object with {extra}{found}")
         if extra == "keypoints":
             self.mirrored = _mirrored(Path(annotations), categories, boxes)
@@ -172,11 +173,13 @@ class CocoSegmentation(ImageData[_RegionRecord, SegmentationSample]):
     instances overlap, the smaller one is drawn over the larger one, whatever their order in the
     file, so that none is hidden; crowds are void (255) and lie under everything else.
 
-    The box of an object that cannot be drawn is void, too, and so are objects to be ignored and
+    The box of an object that cannot be drawn (without one, that of its finite points) is void, too,
+    and so are objects to be ignored and
     objects whose category is faulty or unknown, whatever ``classes`` are chosen. Parts of a polygon
     that are faulty (not three points of finite numbers, far beyond the image, or drawing nothing)
     are dropped and listed in ``faults``. RLE must cover the image; only a last run of background
-    may be missing, where the object's box (or else its area) shows that nothing else is.
+    may be missing, where the object's area and box, or the one that is stated, show that nothing
+    else is.
 
     Arguments and errors are those of :class:`CocoDetection`; instead of the box, the segmentation
     of each object is checked.
@@ -234,7 +237,7 @@ def _encode(segmentation: Any, height: int, width: int) -> Any:
 def _parse_box(
     annotation: dict[str, Any], label: int, image: ImageFile, report: Report
 ) -> _Box | None:
-    bbox, fault = _clipped(annotation, image)
+    bbox, fault = _clipped(annotation.get("bbox"), image)
     if fault:
         found = shown(annotation.get("bbox"))
         report(fault, f"bbox {found} in an image of {image.width}x{image.height}")
@@ -247,9 +250,9 @@ def _parse_box(
     return _Box(bbox, label, area, *flags)
 
 
-def _clipped(annotation: dict[str, Any], image: ImageFile) -> tuple[Bbox | None, str | None]:
+def _clipped(bbox: Any, image: ImageFile) -> tuple[Bbox | None, str | None]:
     """The XYWH box of an object within its image, and the fault, as in :func:`check_box`."""
-    numbers = to_numbers(annotation.get("bbox"), 4)
+    numbers = to_numbers(bbox, 4)
     if numbers is None:
         return None, "bbox is not four finite numbers"
     x, y, w, h = numbers
@@ -277,8 +280,30 @@ def _parse_region(
     segmentation = _parse_segmentation(annotation, image, report)
     if segmentation is not None:
         return _Region(segmentation, label, void)
-    bbox, _ = _clipped(annotation, image)
-    return None if bbox is None else _Region(None, label, True, bbox)
+    for stated in (annotation.get("bbox"), _around(annotation.get("segmentation"))):
+        bbox, _ = _clipped(stated, image)
+        if bbox is not None:
+            return _Region(None, label, True, bbox)
+    report("object has neither outline nor box in the image; none of its pixels are void", None)
+    return None
+
+
+def _around(segmentation: Any) -> Bbox | None:
+    """The XYWH box around the finite points of polygons, whatever else is wrong with them."""
+    if not isinstance(segmentation, list):
+        return None
+    parts = [segmentation, *segmentation]  # the whole may be a flat polygon
+    pairs = [
+        (x, y)
+        for part in parts
+        if isinstance(part, list)
+        for x, y in zip(map(to_number, part[0::2]), map(to_number, part[1::2]), strict=False)
+        if x is not None and y is not None
+    ]
+    if not pairs:
+        return None
+    xs, ys = zip(*pairs, strict=True)
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
 
 
 def _parse_segmentation(annotation: dict[str, Any], image: ImageFile, report: Report) -> Any:
@@ -291,6 +316,9 @@ def _parse_segmentation(annotation: dict[str, Any], image: ImageFile, report: Re
         return encoded
     if not segmentation or not isinstance(segmentation, list):
         report("object has no segmentation", shown(segmentation) if segmentation else None)
+        return None
+    if all(isinstance(each, float) or to_number(each) is not None for each in segmentation):
+        report("polygon is a flat list of numbers; put it into a list", shown(segmentation))
         return None
     polygons = []
     for part in segmentation:
@@ -372,11 +400,13 @@ def _fits(drawn: dict[str, Any], annotation: dict[str, Any]) -> bool:
 
     Some converters do not write that run; but runs may be lost as well, and then so is the object.
     """
-    if (bbox := to_numbers(annotation.get("bbox"), 4)) is not None:
+    bbox, area = to_numbers(annotation.get("bbox"), 4), to_number(annotation.get("area"))
+    if area is not None and abs(area - float(rle.area(drawn))) > 0.05 * area:
+        return False
+    if bbox is not None:
         x, y, w, h = (np.array(bbox) - rle.toBbox(drawn)).tolist()
-        return max(map(abs, (x, y, x + w, y + h))) <= 2
-    area = to_number(annotation.get("area"))
-    return area is not None and abs(area - float(rle.area(drawn))) <= 0.05 * area
+        return max(map(abs, (x, y, x + w, y + h))) <= 1
+    return area is not None
 
 
 def _decompress(counts: str | bytes) -> list[int] | None:
@@ -638,8 +668,9 @@ def load_results(file: Path | str) -> list[dict[str, Any]]:
 
 
 def _load_json(file: Path | str) -> Any:
+    text = read_text(Path(file))
     try:
-        return json.loads(read_text(Path(file)))
+        return json.loads(text)
     except ValueError as error:
         raise DataError(f"{file}: is not valid JSON ({error})") from error
     except RecursionError as error:
@@ -670,14 +701,12 @@ def coco_metrics(
 
     Raises:
         DataError: the ground truth or the results are not such content (the entry is named), there
-            are no images, or ``max_dets`` is below 10.
+            are no images or no categories, or ``max_dets`` is below 10.
     """
     if not isinstance(max_dets, int) or max_dets < 10:
         raise DataError(f"max_dets is {max_dets}; take an integer from 10 up")
     notes: list[str] = []
-    content = check_content(ground_truth, "ground truth")
-    if not content["images"]:
-        raise DataError("ground truth: there are no images, so nothing can be judged")
+    content = check_ground_truth(ground_truth)
     objects = _by_place(usable_objects(content, notes))
     found = _by_place(usable_results(content, results, notes))
     if cut := sum(max(0, len(group) - max_dets) for group in found.values()):

@@ -77,6 +77,12 @@ def report_faults(faults: Sequence[Fault], shown: int = 5) -> str:
     return "\n".join(lines)
 
 
+def summarize_faults(faults: Sequence[Fault]) -> str:
+    """The faults counted by reason and the first of them, in one line that fits into an error."""
+    counted = report_faults(faults, 0).partition("\n")[0]
+    return f"{counted}; the first: {faults[0]}" if faults else counted
+
+
 @dataclass
 class DetectionSample:
     """One image with its objects.
@@ -189,11 +195,11 @@ class ImageData(Generic[RecordT, SampleT]):
             raise DataError(f"faulty={faulty!r} is neither 'skip' nor 'refuse'")
         if faults and faulty == "refuse":
             raise DataError(
-                f"{report_faults(faults)}\ncorrect these files, or read them with faulty='skip'"
+                f"{summarize_faults(faults)}; correct these files, or read them with faulty='skip'"
             )
         if not records:
             raise DataError(
-                "no usable image is left" + (f": {report_faults(faults)}" if faults else "")
+                "no usable image is left" + (f": {summarize_faults(faults)}" if faults else "")
             )
         self._records = records
         self.classes = classes
@@ -752,6 +758,19 @@ def check_content(content: object, origin: object) -> dict[str, Any]:
                 )
         if section != "annotations":
             checked[section] = _identified(entries, f"{origin}: {section}")
+    return checked
+
+
+def check_ground_truth(content: object) -> dict[str, Any]:
+    """The content of a COCO annotation file, as :func:`check_content`, by which one can judge.
+
+    Raises:
+        DataError: naming the entry, or there are no images or no categories.
+    """
+    checked = check_content(content, "ground truth")
+    for section in ("images", "categories"):
+        if not checked[section]:
+            raise DataError(f"ground truth: there are no {section}, so nothing can be judged")
     return checked
 
 

@@ -28,7 +28,7 @@ from detseg_losses.integrations.samples import (
     SegmentationSample,
     category_names,
     check_box,
-    check_content,
+    check_ground_truth,
     check_image,
     check_regular,
     choose_classes,
@@ -468,13 +468,14 @@ def voc_metrics(
         None without an object; ``notes``, sentences on what is None or was left out.
 
     Raises:
-        DataError: the ground truth or the results are no such content; the entry is named.
+        DataError: the ground truth or the results are no such content (the entry is named), or
+            there are no images or no categories.
         ValueError: ``iou_threshold`` is not in (0, 1].
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold={iou_threshold!r} is not in (0, 1]")
     notes: list[str] = []
-    content = check_content(ground_truth, "ground truth")
+    content = check_ground_truth(ground_truth)
     objects = _by_category(usable_objects(content, notes))
     found = _by_category(usable_results(content, results, notes))
     per_class = {

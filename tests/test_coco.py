@@ -38,6 +38,7 @@ from detseg_losses.integrations.samples import (
     split,
     subset,
 )
+from detseg_losses.integrations.voc import voc_metrics
 
 NUMBERS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 NUMBERS += ["AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
@@ -324,8 +325,11 @@ def test_wrong_annotation_file(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(DataError, match=rf"wrong\.json: .*{message}"):
         load_annotations(file)
-    with pytest.raises(DataError, match=r"absent\.json: cannot be read"):
+    with pytest.raises(DataError, match=r"absent\.json: cannot be read \(No such"):
         load_annotations(tmp_path / "absent.json")
+    with pytest.raises(DataError) as folder:
+        load_results(tmp_path)
+    assert str(folder.value) == f"{tmp_path}: cannot be read (is a folder, not a file)"
 
 
 def test_repeated_category_names_are_told_apart(tmp_path: Path) -> None:
@@ -380,7 +384,8 @@ def runs(*counts: Any) -> Json:
         ([[5, 5, 9, 5, 9, float("nan")]], NO_POLYGON),
         ([[5, 5, 9, 5, 9, float("inf")]], NO_POLYGON),
         ([[5, 5, 9, 5, 9, None]], NO_POLYGON),
-        ([5, 5, 9, 5, 9, 9][:1], NO_POLYGON),
+        ([5, 5, 9, 5, 9, 9], "polygon is a flat list of numbers; put it into a list"),
+        ([5, "5", 9, 5, float("nan"), 9], "polygon is a flat list of numbers; put it into a list"),
         ([[[5, 5], [9, 5], [9, 9]]], NO_POLYGON),
         ([[5, 5, 1e7, 5, 9, 9]], "part of a polygon reaches far beyond the image, dropped"),
         ([[5, 5, 9, 5, 9, -1e300]], "part of a polygon reaches far beyond the image, dropped"),
@@ -431,6 +436,37 @@ def test_faulty_segmentation_is_dropped_and_its_box_is_void(
     assert len(masks[0].boxes) == 0
     with pytest.raises(DataError, match="entry 3: "):
         CocoSegmentation(*place, faulty="refuse")
+
+
+NO_PLACE = "object has neither outline nor box in the image; none of its pixels are void"
+
+
+@pytest.mark.parametrize("bbox", [None, [], [5, 5, float("nan"), 8], [5, 5, 0, 0]])
+@pytest.mark.parametrize(
+    ("segmentation", "box"),
+    [
+        ([[5, 5, 13, 5, 13, 13, float("nan"), 9]], (5, 5, 13, 13)),
+        ([[5, 5], [13, 13]], (5, 5, 13, 13)),
+        ([5, 5, 13, 5, 13, 13], (5, 5, 13, 13)),
+        ([[35, 25, 1e9, 25, 1e9, 1e9]], (35, 25, 40, 30)),
+        ([[None, 5, "a", 5]], None),
+        ([[50, 5, 60, 5, 60, 15]], None),
+        (runs(10, 10), None),
+        (None, None),
+    ],
+)
+def test_without_a_box_that_of_the_finite_points_is_void(
+    tmp_path: Path, bbox: Any, segmentation: Any, box: tuple[int, int, int, int] | None
+) -> None:
+    content = tiny()
+    content["annotations"][3] |= {"bbox": bbox, "area": None, "segmentation": segmentation}
+    data = CocoSegmentation(*write(tmp_path, content))
+    expected = np.zeros((30, 40), np.uint8)
+    if box:
+        expected[box[1] : box[3], box[0] : box[2]] = 255
+    np.testing.assert_array_equal(data[0].mask, expected)
+    assert [fault.index for fault in data.faults] == [3] * len(data.faults)
+    assert (NO_PLACE in [fault.reason for fault in data.faults]) == (box is None)
 
 
 def test_bad_parts_of_a_polygon_leave_the_others(tmp_path: Path) -> None:
@@ -508,6 +544,28 @@ def test_a_missing_last_run_of_background_is_added(tmp_path: Path, compressed: b
     # the box tells such a file from one that has lost runs
     content["annotations"][3]["segmentation"] = runs(*counts[:6])
     assert len(CocoSegmentation(*write(tmp_path, content)).faults) == 1
+
+
+@pytest.mark.parametrize(
+    ("stated", "lost"),
+    [
+        ({"bbox": [10, 10, 4, 4], "area": 16}, True),
+        ({"bbox": [10, 10, 4, 4], "area": None}, True),
+        ({"bbox": [10, 10, 2, 4], "area": 16}, True),
+        ({"bbox": None, "area": 16}, True),
+        ({"bbox": None, "area": None}, True),
+        ({"bbox": [10, 10, 2, 4], "area": 8}, False),
+        ({"bbox": [10, 10, 1, 3], "area": 8}, False),  # from the first to the last pixel
+        ({"bbox": [10, 10, 2, 4], "area": None}, False),
+        ({"bbox": None, "area": 8}, False),
+    ],
+)
+def test_lost_runs_of_a_small_object_are_a_fault(tmp_path: Path, stated: Json, lost: bool) -> None:
+    content = tiny()
+    counts = [10 * 30 + 10, 4, 26, 4]  # columns 10 and 11
+    content["annotations"][3] |= {"segmentation": runs(*counts), **stated}
+    faults = CocoSegmentation(*write(tmp_path, content)).faults
+    assert ("RLE ends before the image does" in [fault.reason for fault in faults]) == lost
 
 
 def test_compressed_runs_are_those_of_pycocotools() -> None:
@@ -951,6 +1009,15 @@ def test_faulty_ground_truth_is_named(section: str, change: Json, message: str) 
     truth[section][1] |= change
     with pytest.raises(DataError, match=f"ground truth: {message}"):
         coco_metrics(truth, perfect_results(tiny()))
+
+
+@pytest.mark.parametrize("section", ["images", "categories"])
+@pytest.mark.parametrize("metrics", [coco_metrics, voc_metrics])
+def test_ground_truth_without_images_or_categories(
+    section: str, metrics: Callable[[Json, list[Json]], Json]
+) -> None:
+    with pytest.raises(DataError, match=f"ground truth: there are no {section}"):
+        metrics(tiny() | {section: []}, perfect_results(tiny()))
 
 
 @pytest.mark.parametrize("truth", [None, [], 7, "truth", {}, {"images": 3}])

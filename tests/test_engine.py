@@ -465,8 +465,9 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "is empty"),
     "text": (lambda file: file.write_text("hello"), "not a file that torch.save wrote"),
     "bytes": (lambda file: file.write_bytes(bytes(range(256))), "not a file that torch.save wrote"),
-    "cut": (cut, "cut short"),
+    "cut": (cut, "damaged or cut off"),
     "flipped": (flip, "damaged"),
+    "short": (lambda file: os.truncate(file, 40), "damaged or cut off"),
     "zip": (make_zip, "zip archive"),
     "folder": (make_folder, "not a file"),
     "fifo": (make_fifo, "not a file"),
@@ -557,6 +558,17 @@ def test_a_damaged_checkpoint_is_one_line_that_offers_the_best(
         assert "best.ckpt, of step " in said
     for name, content in before.items():
         assert (copy / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("case", ["missing", "short"])
+def test_an_evaluation_is_told_to_name_the_best(
+    case: str, copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    FOREIGN[case][0](copy / "last.ckpt")
+    said = refused(capfd, "eval_seg", f"--checkpoint={copy / 'last.ckpt'}")
+    assert "best.ckpt, of step " in said
+    assert "is whole: name best.ckpt instead" in said
+    assert "go on from there" not in said
 
 
 @pytest.mark.parametrize("case", ["model empty", "model shapes"])

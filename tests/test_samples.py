@@ -24,6 +24,7 @@ from detseg_losses.integrations.samples import (
     read_image,
     read_text,
     shown,
+    summarize_faults,
     to_flag,
     to_id,
     to_number,
@@ -219,3 +220,8 @@ def test_boxes_that_are_kept_pass_the_augmentation() -> None:
         xyxy = np.array([[x1, y1, x1 + (x2 - x1), y1 + (y2 - y1)]]).astype(np.float32)
         augmentation(image=image, bboxes=xyxy, rows=[0])
     assert 0.3 * count < kept < 0.9 * count
+
+
+def test_an_error_has_the_counts_and_one_fault() -> None:
+    faults = [Fault(Path(f"{i}.png"), None, "a" if i % 2 else "b", 7) for i in range(5)]
+    assert summarize_faults(faults) == "5 faults: 3 x b, 2 x a; the first: 0.png: b (7)"

@@ -420,9 +420,12 @@ def test_masks_replace_no_file_of_the_data_and_follow_no_link(tmp_path: Path) ->
     for folder in (data, masks):
         folder.mkdir()
         (folder / "1.png").touch()
-    with pytest.raises(UsageError, match=r"1\.png is a file in the data set"):
+    with pytest.raises(UsageError, match="holds images, beside which no mask is written"):
         mask_files(data, named("1.png"), data)
     assert mask_files(masks, named("1.png"), data) == [masks / "1.png"]
+    for folder, name in ((data, "2.jpg"), (data, "new/2.jpg"), (tmp_path, "data/2.jpg")):
+        with pytest.raises(UsageError, match="holds images, beside which no mask is written"):
+            mask_files(folder, named(name), data)
     assert mask_files(data / "new", named("1.png"), data) == [data / "new/1.png"]
     (masks / "1.png").unlink()
     (masks / "1.png").symlink_to(data / "1.png")

@@ -202,6 +202,27 @@ def test_no_mask_replaces_a_file_that_a_name_points_to(
     assert {f.name for f in masks if f.is_file()} <= {"000002.png"}
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.png"])
+@pytest.mark.parametrize("tool", ["eval_det", "eval_seg"])
+def test_results_that_cannot_be_written_are_one_line(
+    tool: str,
+    name: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = {"eval_det": "detector_run", "eval_seg": "segmenter_run"}
+    checkpoint = request.getfixturevalue(runs[tool]) / "best.ckpt"
+    (tmp_path / name).symlink_to("/dev/full")
+    for output, reason in ((str(tmp_path), "No space left"), ("/proc/x", "/proc/x cannot be")):
+        with pytest.raises(SystemExit) as end:
+            run(tool, f"--checkpoint={checkpoint}", f"--output={output}")
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert reason in error
+
+
 def test_damaged_images_are_listed_and_do_not_count(
     detector_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,13 @@ from common.config import parse
 from common.errors import UsageError, usage_errors
 from common.evaluate import check_folder
 from detseg_losses.integrations.coco import CocoDetection, find_coco
-from detseg_losses.integrations.samples import DataError, Fault, ImageFile, report_faults
+from detseg_losses.integrations.samples import (
+    DataError,
+    Fault,
+    ImageFile,
+    report_faults,
+    summarize_faults,
+)
 
 
 @dataclass
@@ -129,7 +135,7 @@ class Split:
                     annotation["segmentation"] = _outline(objects.segmentations[index], image)
                 annotations.append(annotation)
         if not annotations:
-            found = f": {report_faults(faults)}" if faults else ""
+            found = f": {summarize_faults(faults)}" if faults else ""
             raise DataError(f"{file}: no usable object in an image of {directory}{found}")
         self.content = {"images": images, "annotations": annotations}
 

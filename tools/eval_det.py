@@ -22,12 +22,13 @@ from common.config import (
 )
 from common.data import load_data
 from common.detectors import build_detector, extra_of
-from common.errors import UsageError, usage_errors
+from common.errors import UsageError, usage_errors, writing
 from common.evaluate import (
     add_note,
     check_classes,
     check_folder,
     detect,
+    make_folder,
     without_faulty,
 )
 from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
@@ -53,6 +54,7 @@ def main() -> None:
     else:
         raise UsageError("give --checkpoint, or --predictions together with --annotations")
 
+    make_folder(config.output)
     metrics = coco_metrics(truth, results, max_dets=config.max_dets)
     add_note(metrics, faults)
     print_metrics(metrics)
@@ -61,7 +63,9 @@ def main() -> None:
         metrics["voc"] = voc
         print_table(f"VOC {config.voc} AP", {"mean": voc["mAP"], **voc["per_class"]})
     if config.output is not None:
-        write_metrics(Path(config.output), metrics)
+        output = Path(config.output)
+        with writing(output):
+            write_metrics(output, metrics)
         print(f"results: {config.output}")
 
 
@@ -78,15 +82,16 @@ def _detect(
     use_losses(detector, run.loss)
     load_state(detector, checkpoint["model"], f"the model of {config.checkpoint}")
     detector.to(fabric.device)
+    make_folder(config.output)
     results = detect(fabric, detector, data, config.data, config.batch_size, faults)
     data = without_faulty(data, faults)
     if faults:
         print(report_faults(faults))
     if config.output is not None:
         output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
-        draw_detections(handful(data), results, output / "predictions.png")
+        with writing(output):
+            (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
+            draw_detections(handful(data), results, output / "predictions.png")
     return data.ground_truth(), results
 
 

@@ -21,11 +21,12 @@ from common.config import (
     parse_evaluation,
 )
 from common.data import load_data
-from common.errors import UsageError, usage_errors
+from common.errors import usage_errors, writing
 from common.evaluate import (
     add_note,
     check_classes,
     check_folder,
+    make_folder,
     mask_files,
     segment,
     without_faulty,
@@ -58,6 +59,8 @@ def main() -> None:
     load_state(segmenter, checkpoint["model"], f"the model of {config.checkpoint}")
     segmenter.to(fabric.device)
 
+    make_folder(config.output)
+    make_folder(config.save_masks)
     confusion = ConfusionMatrix(len(data.classes))
     faults: list[Fault] = []
     batches = config.data, config.batch_size
@@ -73,19 +76,18 @@ def main() -> None:
     print_metrics(metrics)
     if config.output is not None:
         output = Path(config.output)
-        write_metrics(output, metrics)
-        shown = handful(judged)
-        masks = segment(fabric, segmenter, shown, *batches, [])
-        draw_masks(shown, [mask.numpy() for _, mask, _ in masks], output / "predictions.png")
+        with writing(output):
+            write_metrics(output, metrics)
+            shown = handful(judged)
+            masks = segment(fabric, segmenter, shown, *batches, [])
+            draw_masks(shown, [mask.numpy() for _, mask, _ in masks], output / "predictions.png")
         print(f"results: {output}")
 
 
 def _save(mask: Image.Image, file: Path) -> None:
-    try:
+    with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         mask.save(file)
-    except OSError as error:
-        raise UsageError(f"{file} cannot be written ({error.strerror or error})") from error
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from detseg_losses.integrations.samples import (
     DetectionData,
     Fault,
     Faulty,
-    report_faults,
+    summarize_faults,
 )
+from detseg_losses.integrations.voc import VocSegmentation
 
 MASKS = 200
 """So many masks, evenly spaced, are looked at; more only where these hold a single class."""
@@ -86,7 +87,7 @@ def say_pixels(data: Data, part: Part, faulty: Faulty, say: Say) -> None:
             counts += np.bincount(read.mask.ravel(), minlength=VOID + 1)
             looked += 1
     if not looked:
-        raise DataError(f"{part}: no usable image is left: {report_faults(faults)}")
+        raise DataError(f"{part}: no usable image is left: {summarize_faults(faults)}")
     present = [name for name, n in zip(data.classes, counts, strict=False) if n]
     absent = [name for name in data.classes if name not in present]
     if len(present) < 2:
@@ -97,10 +98,11 @@ def say_pixels(data: Data, part: Part, faulty: Faulty, say: Say) -> None:
         )
         if counts[VOID] and absent:
             label = data.classes.index(absent[-1])
-            found += (
-                f": value {VOID} is void; the class {absent[-1]} ({label}) never occurs; masks of "
-                f"0 and {VOID} must be divided by {VOID}"
-            )
+            found += f": value {VOID} is void; the class {absent[-1]} ({label}) never occurs; "
+            if isinstance(data, VocSegmentation):
+                found += f"masks of 0 and {VOID} must be divided by {VOID}"
+            else:
+                found += "all objects are crowds, to be ignored, or cannot be drawn"
         if part == "train":
             raise DataError(f"{found}; there is nothing to learn")
         say(f"{part}: warning: {found}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -85,7 +86,7 @@ def load_tensors(file: Path) -> Any:
 
 def _why_not_loaded(file: Path, error: Exception) -> str:
     """The reason in our words: torch's advise to load the file unsafely."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a seek beyond the end
         return error.strerror or str(error)
     if file.stat().st_size == 0:
         return "it is empty"
@@ -101,16 +102,16 @@ def _why_not_loaded(file: Path, error: Exception) -> str:
         return "it is a zip archive, but not one that torch.save wrote, or it is damaged"
     with file.open("rb") as stream:
         if stream.read(4) == b"PK\x03\x04":
-            return "it is cut short or damaged"
+            return "it is damaged or cut off"
     return "it is not a file that torch.save wrote, or it is damaged"
 
 
-def load_checkpoint(file: Path, task: str) -> dict[str, Any]:
+def load_checkpoint(file: Path, task: str, remedy: str | None = None) -> dict[str, Any]:
     """Return a checkpoint of these tools.
 
     Raises:
         UsageError: if there is none for this task. Where ``file`` is damaged and best.ckpt beside
-            it is not, the message offers that.
+            it is not, the message offers that: by ``remedy``, or as a copy to resume from.
     """
     try:
         return _read(file, task)
@@ -122,9 +123,8 @@ def load_checkpoint(file: Path, task: str) -> dict[str, Any]:
             raise error from None
         if best == file:
             raise
-        raise UsageError(
-            f"{error}; {best}, of step {step}, is whole: copy it to {file.name} to go on from there"
-        ) from error
+        remedy = remedy or f"copy it to {file.name} to go on from there"
+        raise UsageError(f"{error}; {best}, of step {step}, is whole: {remedy}") from error
 
 
 def _read(file: Path, task: str) -> dict[str, Any]:

@@ -385,9 +385,12 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2 and the whole message in one line, with the nearest known name."""
+        message = " ".join(message.split())
         if match := re.search(r"Expected a typing\.Literal\[([^]]*)]\. Got value: (.*)", message):
             known, value = re.findall(r"'([^']*)'", match[1]), match[2]
             message = f"{message[: match.start()]}there is no {value!r}{nearest(value, known)}"
+        elif match := re.search(r'Parser key "([^"]+)": (.*)', message):
+            message = f"{message[: match.start()]}{match[1]} {_wanted(match[2])}"
         elif match := re.match(r"unrecognized arguments: (--[^= ]*)", message):
             known = [option for action in self._actions for option in action.option_strings]
             if near := difflib.get_close_matches(match[1], known, n=1):
@@ -398,6 +401,40 @@ class _Parser(ArgumentParser):
         """The text of a configuration for ``--print_config``, of one that a run would accept."""
         self.checked(cfg.clone())
         return super().dump(cfg, **options)
+
+
+_WORDS = {
+    "FinitePositive": "a finite number above 0",
+    "FiniteFromZero": "a finite number from 0",
+    "Count": "a whole number from 1",
+    "CountFromZero": "a whole number from 0",
+    "Channels": "a whole number from 1 to 4096",
+    "Workers": "a whole number from 0 to 256",
+    "Seed": "a whole number from 0 to 2^63 - 1",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "dict": "options 'name: value'",
+    "NoneType": "null",
+}
+
+
+def _wanted(message: str) -> str:
+    """What the option parser says of a value, in our words; as it is where we have none."""
+    stated = message.partition("Subtypes: ")[2].partition(" Errors:")[0] or message
+    names = re.findall(
+        r"typing\.Literal\[[^]]*]|list(?=\[)|(?<=[.'])\w+(?='>)|(?<=Not of type )\w+", stated
+    )
+    kinds = [name.partition("[")[2].strip("]'") or _WORDS.get(name, "") for name in names]
+    if not kinds or not all(kinds):
+        return message
+    found = re.search(
+        r".*(?:Given|Got) value: (.*)|type \w+: (.*) does not conform|: '(.*)'$", message
+    )
+    got = f"; got {next(filter(None, found.groups()), '')}" if found else ""
+    return f"takes {' or '.join(dict.fromkeys(reversed(kinds)))}{got}"
 
 
 def parse(config_class: type[T], description: str | None) -> T:
@@ -450,7 +487,7 @@ def parse_evaluation(
     checkpoint: dict[str, Any] = {}
     if arguments.checkpoint is not None:
         file = Path(arguments.checkpoint)
-        checkpoint = load_checkpoint(file, config_class.task)
+        checkpoint = load_checkpoint(file, config_class.task, "name best.ckpt instead")
         _take_over(parser, checkpoint, file, "data")
         arguments = parser.parse_args()
     return _instantiate(parser, arguments, config_class), checkpoint

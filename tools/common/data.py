@@ -49,6 +49,7 @@ from detseg_losses.integrations.samples import (
     select_listed,
     split,
     subset,
+    summarize_faults,
 )
 from detseg_losses.integrations.voc import VocDetection, VocSegmentation, voc_splits
 
@@ -171,9 +172,9 @@ def _without_thin(data: DataT, config: DataConfig) -> DataT:
         else:
             kept.append(index)
     if faults and config.faults == "refuse":
-        raise DataError(f"{report_faults(faults)}; data.faults=skip goes without them")
+        raise DataError(f"{summarize_faults(faults)}; data.faults=skip goes without them")
     if not kept:
-        raise DataError(f"no usable image is left: {report_faults(faults)}")
+        raise DataError(f"no usable image is left: {summarize_faults(faults)}")
     chosen = data.select(kept)
     chosen.faults = data.faults + faults
     return chosen
@@ -244,7 +245,7 @@ class TrainingImages(Dataset[Batch]):
             if sample is not None:
                 item = self._augmented(sample)
                 return item | {"faults": faults} if faults else item
-        raise DataError(f"no usable image is left: {report_faults(faults)}")
+        raise DataError(f"no usable image is left: {summarize_faults(faults)}")
 
     def _augmented(self, sample: DetectionSample | SegmentationSample) -> Batch:
         if isinstance(sample, SegmentationSample):
@@ -430,7 +431,10 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
         accumulate: int = 1,
     ) -> None:
         if batch_size > length:
-            raise UsageError(f"train.batch_size {batch_size} is more than the {length} images")
+            raise UsageError(
+                f"train.batch_size {batch_size} is more than the {length} images; lower it to "
+                f"{length} or less"
+            )
         if batch_size % (world_size * accumulate):
             raise UsageError(
                 f"train.batch_size {batch_size} is not a multiple of {world_size} processes x "

@@ -13,13 +13,14 @@ import torch
 import torch.distributed
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from common.config import DataConfig
 from common.data import Batch, Data, EvaluationImages, collate, read_sample
-from common.errors import UsageError
+from common.errors import UsageError, writing
 from common.signals import outlive_signals
 from detseg_losses.integrations.coco import coco_metrics
 from detseg_losses.integrations.samples import (
@@ -29,6 +30,7 @@ from detseg_losses.integrations.samples import (
     Fault,
     inside,
     report_faults,
+    summarize_faults,
     to_results,
 )
 from detseg_losses.integrations.voc import ConfusionMatrix
@@ -82,7 +84,7 @@ def without_faulty(data: DataT, faults: list[Fault]) -> DataT:
     faulty = {fault.file for fault in faults}
     kept = [index for index, image in enumerate(data.images) if image.path not in faulty]
     if not kept:
-        raise DataError(f"no usable image is left to judge: {report_faults(faults)}")
+        raise DataError(f"no usable image is left to judge: {summarize_faults(faults)}")
     return data.select(kept)
 
 
@@ -250,6 +252,17 @@ def check_folder(option: str, folder: str | None) -> None:
         raise UsageError(f"{option} {folder}: {there} cannot be written")
 
 
+def make_folder(folder: str | None) -> None:
+    """Make a folder for results, before the work that they take.
+
+    Raises:
+        UsageError: if that cannot be done.
+    """
+    if folder is not None:
+        with writing(Path(folder)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+
+
 def mask_files(folder: Path, data: Data, root: Path) -> list[Path]:
     """Where the predicted mask of each image goes: below ``folder``, as its name with ``.png``.
 
@@ -259,12 +272,12 @@ def mask_files(folder: Path, data: Data, root: Path) -> list[Path]:
     Args:
         folder: the folder for the masks.
         data: the images.
-        root: the folder of the data set, in which no file is replaced.
+        root: the folder of the data set, in which no mask joins the images.
 
     Raises:
         DataError: if a name leads out of the folder.
-        UsageError: if a link in the folder leads out of it, or a file of the data set would be
-            replaced.
+        UsageError: if a link in the folder leads out of it, or masks would come into a folder of
+            the data set that holds images.
     """
     spellings = []
     for image in data.images:
@@ -285,19 +298,26 @@ def mask_files(folder: Path, data: Data, root: Path) -> list[Path]:
             chosen[index] += 1
     if met:
         raise DataError(f"two masks would be {files[met[0]]}; give the images names that differ")
+    places = {folder.resolve()}
     for file in files:
         try:
-            target, there = file.resolve(), os.path.lexists(file)
+            target = file.resolve()
         except OSError as error:
             raise UsageError(f"{file} cannot be written ({error.strerror})") from error
         if not target.is_relative_to(folder.resolve()):
             raise UsageError(f"{file} is a link to {target}; name another folder as save_masks")
-        if there and target.is_relative_to(root.resolve()):
+        places.add(target.parent)
+    for place in sorted(places):
+        if place.is_relative_to(root.resolve()) and any(map(_is_image, place.rglob("*"))):
             raise UsageError(
-                f"{file} is a file in the data set {root}, and is not replaced; name a new folder "
-                "as save_masks"
+                f"{place} is a folder of the data set {root} and holds images, beside which no "
+                "mask is written; name a new folder as save_masks"
             )
     return files
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in Image.registered_extensions()
 
 
 def check_classes(data: Data, trained: list[str]) -> None:
