@@ -116,8 +116,7 @@ class _Block:
 
     def forward(self) -> None:
         """Write the probabilities."""
-        self.p.copy_(self.x)
-        self.p.sigmoid_()
+        torch.sigmoid(self.x.to(self.p.dtype), out=self.p)
         if self.ignored is not None:
             self.p.masked_fill_(self.ignored, 0)
 

@@ -23,8 +23,10 @@ from torch import Tensor
 from detseg_losses.base import Block, blocks, compute_dtype, in_blocks
 from detseg_losses.memory import empty_like
 
-IMAGES = 16
-"""Blocks have up to 16 * BLOCK elements, mostly whole images: to cut images costs a copy."""
+BLOCKS = (4, 16)
+"""Some images with up to 4 * BLOCK elements at a time, or one with up to 16 times as many: to cut
+an image costs a copy of it.
+"""
 
 LEAST = -60.0
 """Log likelihoods below it are taken for it where a gradient is divided by the likelihood."""
@@ -144,7 +146,7 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         images, classes, places = logits.shape
         p = _like(logits)
-        tiles = blocks(logits, IMAGES)
+        tiles = blocks(logits, *BLOCKS)
         nll, smooth = (p.new_empty(images, places) if wanted else None for wanted in wants[:2])
         rows = (5 if wants.squares else 4) if wants.counts else 0
         counts = p.new_empty(rows, tiles[-1].part + 1, images, classes)
@@ -184,7 +186,7 @@ class _Softmax(torch.autograd.Function):
         known = result is not None
         if result is None:
             result = _like(logits)
-        for tile in blocks(logits, IMAGES):
+        for tile in blocks(logits, *BLOCKS):
             block = _Block(tile, logits, target, weight, class_weights, result)
             if not known:
                 block.forward(None, None, None)
