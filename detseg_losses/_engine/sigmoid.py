@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detseg_losses.base import Block, blocks, compute_dtype, in_blocks
+from detseg_losses.base import Block, blocks, compute_dtype, has_graph, in_blocks
 from detseg_losses.memory import empty_like
 
 
@@ -29,7 +29,9 @@ def sigmoid_counts(
     """
     if torch.compiler.is_compiling():
         return plain(logits, target, weight, squares)
-    return _Counts.apply(logits, target, weight, squares)[0]
+    # Beside half precision p would be twice as large.
+    keep = has_graph(logits) and logits.dtype == compute_dtype(logits.dtype)
+    return _Counts.apply(logits, target, weight, squares, keep)[0]
 
 
 def plain(logits: Tensor, target: Tensor, weight: Tensor | None, squares: bool) -> Tensor:
@@ -49,22 +51,22 @@ class _Counts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, weight: Tensor | None, squares: bool
+        logits: Tensor, target: Tensor, weight: Tensor | None, squares: bool, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
         images, classes, _ = logits.shape
-        p = _like(logits)
+        p = _new(logits) if keep else None
         tiles = blocks(logits)
-        counts = p.new_empty(4 + squares, tiles[-1].part + 1, images, classes)
+        shape = 4 + squares, tiles[-1].part + 1, images, classes
+        counts = logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
         for tile in tiles:
             block = _Block(tile, logits, target, weight, p)
             block.forward()
             block.count(counts[:, tile.part, tile.rows])
-        kept = p if p.dtype == logits.dtype else None  # beside half precision it would be large
-        return counts.sum(1) if len(tiles) > 1 else counts.squeeze(1), kept
+        return counts.sum(1) if len(tiles) > 1 else counts.squeeze(1), p
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.squares = inputs
+        *tensors, ctx.squares, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.p = output[1]
@@ -73,7 +75,7 @@ class _Counts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 3
+        nothing = (None,) * 4
         if grad is None:
             return None, *nothing
         logits, target, weight = ctx.saved_tensors
@@ -81,38 +83,45 @@ class _Counts(torch.autograd.Function):
             counts = plain(logits, target, weight, ctx.squares)
             return *torch.autograd.grad(counts, logits, grad, create_graph=True), *nothing
         # The gradient is written over p, so that another backward computes p again.
-        result, ctx.p = ctx.p, None
-        known = result is not None
-        if result is None:
-            result = _like(logits)
+        p, ctx.p = ctx.p, None
+        known = p is not None
+        in_place = logits.dtype == compute_dtype(logits.dtype)
+        if in_place and p is None:
+            p = _new(logits)
+        result = p if in_place and p is not None else torch.empty_like(logits)
         for tile in blocks(logits):
-            block = _Block(tile, logits, target, weight, result)
+            block = _Block(tile, logits, target, weight, p)
             if not known:
                 block.forward()
             block.backward(*grad[:, tile.rows].unsqueeze(-1))
-        return result.to(logits.dtype), *nothing
+            if not in_place:
+                tile.of(result).copy_(block.p)
+        return result, *nothing
 
 
-def _like(logits: Tensor) -> Tensor:
-    dtype = compute_dtype(logits.dtype)
-    return empty_like(logits, dtype) if in_blocks(logits) else torch.empty_like(logits, dtype=dtype)
+def _new(logits: Tensor) -> Tensor:
+    return empty_like(logits, logits.dtype) if in_blocks(logits) else torch.empty_like(logits)
 
 
 class _Block:
-    """The kernel, on some images and places; it works in ``p``."""
+    """The kernel, on some images and places; it works in its part of ``p``, if there is one."""
 
     def __init__(
-        self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None, p: Tensor
+        self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None, p: Tensor | None
     ) -> None:
-        self.x, self.p = tile.of(logits), tile.of(p)
-        self.y = tile.of(target).to(p.dtype)
+        self.x = tile.of(logits)
+        if p is None:
+            self.p = torch.empty_like(self.x, dtype=compute_dtype(self.x.dtype))
+        else:
+            self.p = tile.of(p)
+        self.y = tile.of(target).to(self.p.dtype)
         self.weight = self.ignored = None
         if weight is not None:
             weight = tile.of(weight)
             self.ignored = weight == 0
             self.y = self.y.masked_fill(self.ignored, 0)
             if weight.dtype != torch.bool:
-                self.weight = weight.to(p.dtype)
+                self.weight = weight.to(self.p.dtype)
 
     def forward(self) -> None:
         """Write the probabilities."""

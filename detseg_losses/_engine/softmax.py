@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detseg_losses.base import Block, blocks, compute_dtype, in_blocks
+from detseg_losses.base import Block, blocks, compute_dtype, has_graph, in_blocks
 from detseg_losses.memory import empty_like
 
 BLOCKS = (4, 16)
@@ -74,7 +74,9 @@ def softmax_statistics(
     """
     if torch.compiler.is_compiling():
         return plain(logits, target, weight, class_weights, wants)
-    *statistics, _ = _Softmax.apply(logits, target, weight, class_weights, wants)
+    # Formulas on the maps keep those; and beside half precision p would be twice as large.
+    keep = wants.counts and has_graph(logits) and logits.dtype == compute_dtype(logits.dtype)
+    *statistics, _ = _Softmax.apply(logits, target, weight, class_weights, wants, keep)
     return SoftmaxStatistics(*statistics)
 
 
@@ -143,26 +145,29 @@ class _Softmax(torch.autograd.Function):
         weight: Tensor | None,
         class_weights: Tensor | None,
         wants: Wants,
+        keep: bool,
     ) -> tuple[Tensor | None, ...]:
         images, classes, places = logits.shape
-        p = _like(logits)
+        dtype = compute_dtype(logits.dtype)
+        p = _new(logits) if keep else None
         tiles = blocks(logits, *BLOCKS)
-        nll, smooth = (p.new_empty(images, places) if wanted else None for wanted in wants[:2])
+        nll, smooth = (
+            logits.new_empty(images, places, dtype=dtype) if wanted else None
+            for wanted in wants[:2]
+        )
         rows = (5 if wants.squares else 4) if wants.counts else 0
-        counts = p.new_empty(rows, tiles[-1].part + 1, images, classes)
+        counts = logits.new_empty(rows, tiles[-1].part + 1, images, classes, dtype=dtype)
         for tile in tiles:
             _Block(tile, logits, target, weight, class_weights, p).forward(
                 None if nll is None else tile.of(nll),
                 None if smooth is None else tile.of(smooth),
                 counts[:, tile.part, tile.rows] if rows else None,
             )
-        # Formulas on the maps keep those; and beside half precision p would be twice as large.
-        kept = p if rows and p.dtype == logits.dtype else None
-        return nll, smooth, _of_parts(counts) if rows else None, kept
+        return nll, smooth, _of_parts(counts) if rows else None, p
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.wants = inputs
+        *tensors, ctx.wants, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.p = output[-1]
@@ -171,7 +176,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         logits, target, weight, class_weights = ctx.saved_tensors
         grads = grads[:-1]
         if all(grad is None for grad in grads):
@@ -182,12 +187,14 @@ class _Softmax(torch.autograd.Function):
             outputs, factors = zip(*pairs, strict=True)
             return *torch.autograd.grad(outputs, logits, factors, create_graph=True), *nothing
         # The gradient is written over p, so that another backward computes p again.
-        result, ctx.p = ctx.p, None
-        known = result is not None
-        if result is None:
-            result = _like(logits)
+        p, ctx.p = ctx.p, None
+        known = p is not None
+        in_place = logits.is_contiguous() and logits.dtype == compute_dtype(logits.dtype)
+        if in_place and p is None:
+            p = _new(logits)
+        result = p if in_place and p is not None else torch.empty_like(logits)
         for tile in blocks(logits, *BLOCKS):
-            block = _Block(tile, logits, target, weight, class_weights, result)
+            block = _Block(tile, logits, target, weight, class_weights, p)
             if not known:
                 block.forward(None, None, None)
             nll, smooth, counts = grads
@@ -196,8 +203,8 @@ class _Softmax(torch.autograd.Function):
                 None if smooth is None else tile.of(smooth),
                 None if counts is None else counts[:, tile.rows],
             )
-        if result.stride() != logits.stride() or result.dtype != logits.dtype:
-            result = torch.empty_like(logits).copy_(result)
+            if not in_place:
+                tile.of(result).copy_(block.p)
         return result, *nothing
 
 
@@ -206,16 +213,15 @@ def _of_parts(counts: Tensor) -> Tensor:
     return counts.sum(1) if counts.shape[1] > 1 else counts.squeeze(1)
 
 
-def _like(logits: Tensor) -> Tensor:
+def _new(logits: Tensor) -> Tensor:
     """New memory in the order in which torch computes a softmax over the second dimension."""
-    dtype = compute_dtype(logits.dtype)
     if in_blocks(logits) and logits.is_contiguous():
-        return empty_like(logits, dtype)
-    return logits.new_empty(logits.shape, dtype=dtype)
+        return empty_like(logits, logits.dtype)
+    return logits.new_empty(logits.shape)
 
 
 class _Block:
-    """The kernel, on some images and places; it works in ``p``."""
+    """The kernel, on some images and places; it works in its part of ``p``, if there is one."""
 
     def __init__(
         self,
@@ -224,18 +230,22 @@ class _Block:
         target: Tensor,
         weight: Tensor | None,
         class_weights: Tensor | None,
-        p: Tensor,
+        p: Tensor | None,
     ) -> None:
-        self.x, self.p, y = tile.of(logits), tile.of(p), tile.of(target)
+        self.x, y = tile.of(logits), tile.of(target)
+        if p is None:
+            self.p = self.x.new_empty(self.x.shape, dtype=compute_dtype(self.x.dtype))
+        else:
+            self.p = tile.of(p)
         self.class_weights = class_weights
         self.weight = self.ignored = None
         if weight is not None:
             weight = tile.of(weight)
             self.ignored = weight == 0
             if weight.dtype != torch.bool:
-                self.weight = weight.to(p.dtype)
+                self.weight = weight.to(self.p.dtype)
         self.index = _index(y, self.ignored)
-        self.y = y.to(p.dtype) if self.index is None else None
+        self.y = y.to(self.p.dtype) if self.index is None else None
         if self.y is not None and self.ignored is not None:
             self.y = self.y.masked_fill(self.ignored, 0)
 
@@ -324,8 +334,10 @@ class _Block:
         of_p = fp if self.y is None else torch.lerp(fp, tp - fn, self.y)
         if squares is not None:
             of_p = torch.addcmul(of_p, p, squares, value=2)
-        of_p = of_p.expand_as(p) if self.weight is None else of_p * self.weight
-        of_p = of_p.contiguous()
+        if self.weight is not None:
+            of_p = of_p * self.weight
+        elif of_p is fp:  # a new tensor also where there is one place: it is written to
+            of_p = of_p.expand_as(p).clone(memory_format=torch.contiguous_format)
         if self.index is not None:
             labels = self.index.squeeze(1)
             likelihood = p.gather(1, self.index)
