@@ -583,3 +583,9 @@ def test_outputs_of_a_coco_detector_are_chosen_by_class_name(tmp_path: Path) -> 
     load_detector_weights(detector, model, ["dog", "person"])
     chosen = detector.head.classification_head.cls_logits.bias.view(9, 3)
     assert chosen.tolist() == [[0, 18, 1]] * 9  # COCO's ids of dog and person
+
+
+def test_an_interrupted_import_is_one_line() -> None:
+    code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import common; raise KeyboardInterrupt"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (130, "interrupted\n")

@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jsonargparse.typing import PositiveInt
-
 from common.bench_rows import ROWS, Race, Size, loss_rows
 from common.benchmark import compare
 from common.config import parse
 from common.errors import UsageError, usage_errors
 from common.report import plot_ratios
+
+import torch
+from jsonargparse.typing import PositiveInt
+
 from detseg_losses import SpecError
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config import parse
 from common.errors import UsageError, usage_errors
 from common.evaluate import check_folder
+
+import yaml
+
 from detseg_losses.integrations.coco import CocoDetection, find_coco
 from detseg_losses.integrations.samples import (
     DataError,

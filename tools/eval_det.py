@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric import Fabric
-
 from common.checkpoint import load_state
 from common.config import (
     DetectionConfig,
@@ -32,6 +30,9 @@ from common.evaluate import (
     without_faulty,
 )
 from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
+
+from lightning_fabric import Fabric
+
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.coco import coco_metrics, load_annotations, load_results
 from detseg_losses.integrations.samples import Fault, report_faults

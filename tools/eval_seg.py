@@ -8,10 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from lightning_fabric import Fabric
-from PIL import Image
-
 from common.checkpoint import load_state
 from common.config import (
     EvalSegmentationConfig,
@@ -33,6 +29,11 @@ from common.evaluate import (
 )
 from common.report import draw_masks, handful, print_metrics, write_metrics
 from common.segmenters import build_segmenter
+
+import torch
+from lightning_fabric import Fabric
+from PIL import Image
+
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import VOID, Fault, report_faults
 from detseg_losses.integrations.voc import ConfusionMatrix

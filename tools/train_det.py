@@ -8,9 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric import Fabric
-from torch import Tensor, nn
-
 from common.census import say_model, say_objects
 from common.checkpoint import load_checkpoint, load_state
 from common.config import DetectionConfig, check_memory, parse_training
@@ -28,6 +25,10 @@ from common.evaluate import check_classes, detect, drawable, evaluate_detector
 from common.launch import start
 from common.report import draw_detections, handful, plot_curves, print_metrics, write_metrics
 from common.signals import Signals
+
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
 from detseg_losses.integrations import ModelLosses, use_losses
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from lightning_fabric import Fabric
-from torch import Tensor, nn
-
 from common.census import say_model, say_pixels
 from common.checkpoint import load_checkpoint, load_state
 from common.config import SegmentationConfig, check_memory, parse_training
@@ -22,6 +19,10 @@ from common.launch import start
 from common.report import draw_masks, handful, plot_curves, print_metrics, write_metrics
 from common.segmenters import build_segmenter, load_segmenter_weights
 from common.signals import Signals
+
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
 from detseg_losses import LossSum
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import VOID

@@ -14,6 +14,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from common.benchmark import Work, can_compile, kept_bytes, peak_bytes
+from common.errors import UsageError
+
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
@@ -21,8 +24,6 @@ import torchvision
 from torch import Tensor
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from common.benchmark import Work, can_compile, kept_bytes, peak_bytes
-from common.errors import UsageError
 from detseg_losses import LOSSES, SpecError, build_loss
 from detseg_losses.integrations.torchvision_retinanet import RetinaNetLossHead
 

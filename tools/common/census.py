@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
 from common.config import DetectionConfig, SegmentationConfig, height_width
 from common.data import Data, Part, Say, find_format, read_sample
+
+import numpy as np
+
 from detseg_losses.integrations.samples import (
     VOID,
     DataError,

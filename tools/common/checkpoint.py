@@ -13,10 +13,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from common.errors import UsageError, writing
+
 import torch
 from torch import Tensor, nn
-
-from common.errors import UsageError, writing
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "task": str,

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
+from common.checkpoint import load_checkpoint
+from common.errors import UsageError, fail
+
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import restricted_number_type
 
-from common.checkpoint import load_checkpoint
-from common.errors import UsageError, fail
 from detseg_losses import build_loss
 from detseg_losses.integrations.samples import VOID
 from detseg_losses.spec import SpecError, nearest

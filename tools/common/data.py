@@ -17,6 +17,10 @@ from typing import Any, Literal, overload
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no look-up of the newest version at import
 
+from common.config import DataConfig, Task, height_width
+from common.errors import UsageError
+from common.shapes import make_shapes
+
 import albumentations as A
 import cv2
 import numpy as np
@@ -25,9 +29,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from common.config import DataConfig, Task, height_width
-from common.errors import UsageError
-from common.shapes import make_shapes
 from detseg_losses.integrations.coco import (
     CocoDetection,
     CocoSegmentation,

@@ -10,6 +10,10 @@ from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 
+from common.config import DataConfig, DetectionConfig, DetectorConfig
+from common.errors import UsageError
+from common.weights import load_file, load_matching
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
@@ -22,9 +26,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from common.config import DataConfig, DetectionConfig, DetectorConfig
-from common.errors import UsageError
-from common.weights import load_file, load_matching
 from detseg_losses import build_loss
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import DetectionData, Extra

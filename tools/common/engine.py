@@ -10,6 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from common.checkpoint import first_not_finite, load_checkpoint, load_state, save_checkpoint
+from common.config import TrainConfig, TrainingConfig, to_dict
+from common.data import Batch, TrainingImages, TrainingOrder, collate
+from common.errors import Interrupted, ReportedError, UsageError, writing
+from common.launch import agreed
+from common.metrics_log import MetricsLog
+from common.signals import Signals, outlive_signals
+
 import numpy as np
 import torch
 import torch.distributed
@@ -20,13 +28,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.checkpoint import first_not_finite, load_checkpoint, load_state, save_checkpoint
-from common.config import TrainConfig, TrainingConfig, to_dict
-from common.data import Batch, TrainingImages, TrainingOrder, collate
-from common.errors import Interrupted, ReportedError, UsageError, writing
-from common.launch import agreed
-from common.metrics_log import MetricsLog
-from common.signals import Signals, outlive_signals
 from detseg_losses.integrations import ModelLosses
 from detseg_losses.integrations.samples import Fault, shown
 

@@ -9,6 +9,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from common.config import DataConfig
+from common.data import Batch, Data, EvaluationImages, collate, read_sample
+from common.errors import UsageError, writing
+from common.signals import outlive_signals
+
 import torch
 import torch.distributed
 from lightning_fabric import Fabric
@@ -18,10 +23,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from common.config import DataConfig
-from common.data import Batch, Data, EvaluationImages, collate, read_sample
-from common.errors import UsageError, writing
-from common.signals import outlive_signals
 from detseg_losses.integrations.coco import coco_metrics
 from detseg_losses.integrations.samples import (
     DataError,

@@ -12,6 +12,10 @@ from itertools import count
 from pathlib import Path
 from typing import TextIO, TypeVar, cast
 
+from common.config import TrainingConfig
+from common.errors import Interrupted, ReportedError, UsageError, writing
+from common.signals import Signals
+
 import torch.distributed
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import (
@@ -20,10 +24,6 @@ from lightning_fabric.plugins.environments import (
     SLURMEnvironment,
 )
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-
-from common.config import TrainingConfig
-from common.errors import Interrupted, ReportedError, UsageError, writing
-from common.signals import Signals
 
 if sys.platform == "win32":
     import msvcrt

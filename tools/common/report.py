@@ -9,6 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from common.data import Data
+from common.metrics_log import read_metrics
+
 import matplotlib
 import numpy as np
 import torch
@@ -20,8 +23,6 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 from torchvision.ops import box_convert, nms
 
-from common.data import Data
-from common.metrics_log import read_metrics
 from detseg_losses.integrations.samples import DataT, DetectionData
 
 matplotlib.use("Agg")

@@ -7,14 +7,15 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from common.config import DataConfig, SegmenterConfig, height_width
+from common.errors import UsageError
+from common.weights import load_file
+
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 from torchvision.models import get_model, get_model_builder, list_models, segmentation
 
-from common.config import DataConfig, SegmenterConfig, height_width
-from common.errors import UsageError
-from common.weights import load_file
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.samples import did_you_mean
 from detseg_losses.spec import nearest

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.errors import UsageError
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-
-from common.errors import UsageError
 
 CLASSES = ("circle", "square", "triangle", "star")
 

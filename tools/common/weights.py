@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
-
 from common.checkpoint import load_tensors
 from common.errors import UsageError
+
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 
 def load_file(model: nn.Module, file: Path, classes: list[str]) -> str:
