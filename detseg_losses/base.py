@@ -302,15 +302,15 @@ class Block(NamedTuple):
 WHOLE = Block(0, slice(None), slice(None))
 
 
-def blocks(logits: Tensor, times: int = 1, uncut: int = 1) -> list[Block]:
+def blocks(logits: Tensor, times: float = 1, uncut: int = 1) -> list[Block]:
     """Cut logits ``(B, C, P)`` into blocks of some ``times * BLOCK`` elements: several whole
     images, or a part of one that is more than ``uncut`` times as large. One block holds everything
-    where :func:`in_blocks` says so.
+    that is no larger, and wherever :func:`in_blocks` says so.
     """
     batch, classes, length = logits.shape
-    if not in_blocks(logits) or not logits.numel():
+    size = max(1, int(times * BLOCK))
+    if not in_blocks(logits) or logits.numel() <= size:
         return [WHOLE]
-    size = times * BLOCK
     places = length if classes * length <= uncut * size else max(1, min(length, size // classes))
     rows = max(1, size // (classes * length))
     return [

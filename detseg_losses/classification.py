@@ -16,6 +16,20 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ._engine.sigmoid import (
+    Formula,
+    Label,
+    Symmetric,
+    Wants,
+    column,
+    cross_entropy,
+    error,
+    log_1p_exp,
+    missed,
+    mix,
+    power,
+    sigmoid_statistics,
+)
 from .base import (
     FormulaLoss,
     as_weights,
@@ -28,7 +42,6 @@ from .base import (
 )
 from .checks import Mode, balance, checked
 from .layout import Batch, check_one_weight, detection_batch, segmentation_batch
-from .pointwise import Formula, Label, Sigmoid, column, mix, pointwise, power, spend
 from .statistics import Need, Statistics
 
 
@@ -307,77 +320,87 @@ def ghm_loss(
 
 
 @dataclass(frozen=True)
-class CrossEntropy(Formula):
+class CrossEntropy(Symmetric):
     pos_weight: Tensor | float
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        if self.unweighted:
-            return s.cross_entropy(y)
-        if isinstance(y, Tensor):
-            return mix(s.neg, s.pos * column(self.pos_weight), y)
-        return s.pos * column(self.pos_weight) if y else s.neg
+    dear = False
 
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        if self.unweighted:
-            return s.error(y)
-        if isinstance(y, Tensor):
-            return mix(s.p, s.q * -column(self.pos_weight), y)
-        return s.q * -column(self.pos_weight) if y else s.p
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        if not self.weighted:
+            return cross_entropy(x, y)
+        return mix(cross_entropy(x, 0), column(self.pos_weight) * cross_entropy(x, 1), y)
+
+    def weights(self) -> tuple[Any, Any]:
+        return 1.0, self.pos_weight
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return log_1p_exp(u), u
+
+    def kept(self, u: Tensor) -> Tensor:
+        return u
+
+    def backward(self, kept: Tensor, factor: Tensor) -> Tensor:
+        return torch.ops.aten.softplus_backward(factor, kept, 1, 40)
+
+    def quick(self, x: Tensor, y: Label) -> Tensor:
+        if self.weighted or not isinstance(y, Tensor):
+            return super().quick(x, y)
+        return log_1p_exp(x).addcmul_(x, y, value=-1)
+
+    def slope(self, x: Tensor, y: Label) -> Tensor:
+        if self.weighted or not isinstance(y, Tensor):
+            return super().slope(x, y)
+        return x.sigmoid().sub_(y)
+
+    def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return super().between(x, y) if self.weighted else (self.quick(x, y), self.slope(x, y))
 
     @property
-    def unweighted(self) -> bool:
-        return not isinstance(self.pos_weight, Tensor) and self.pos_weight == 1
+    def weighted(self) -> bool:
+        return isinstance(self.pos_weight, Tensor) or self.pos_weight != 1
 
 
 @dataclass(frozen=True)
-class Focal(Formula):
+class Focal(Symmetric):
     alpha: Tensor | float | None
     gamma: float
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        ce = s.cross_entropy(y)
-        return power(s.missed(y), self.gamma, self.weight(y)) * ce
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        return self.weight(y) * power(missed(x, y), self.gamma) * cross_entropy(x, y)
 
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.both(s, y)[1]
-
-    def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
-        ce, missed = s.cross_entropy(y), s.missed(y)
-        if not isinstance(y, Tensor):
-            factor = power(missed, self.gamma, self.weight(y))
-            value = factor * ce
-            slope = spend(factor, missed).addcmul_(value, s.missed(1 - y), value=self.gamma)
-            return value, -slope if y else slope
-        if self.gamma < 1:  # whatever underflows in missed does so in its slope, too
-            missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)
-        root = power(missed, self.gamma - 1, self.weight(y))
-        factor = root * missed
-        tilt = root * s.missed_slope(y)
-        value = factor * ce
-        return value, spend(factor, s.error(y)).addcmul_(tilt, ce, value=self.gamma)
+    def weights(self) -> tuple[Any, Any]:
+        if self.alpha is None or (not isinstance(self.alpha, Tensor) and self.alpha == -1):
+            return 1.0, 1.0
+        return 1 - self.alpha, self.alpha
 
     def weight(self, y: Label) -> Any:
-        if self.alpha is None or (not isinstance(self.alpha, Tensor) and self.alpha == -1):
-            return 1
-        alpha = column(self.alpha)
-        return mix(1 - alpha, alpha, y)
+        negative, positive = self.weights()
+        return mix(column(negative), column(positive), y)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        p = u.sigmoid()
+        factor = p.square() if self.gamma == 2 else power(p, self.gamma)
+        value = factor * log_1p_exp(u)
+        return value, torch.lerp(value * self.gamma, factor, p)
+
+    def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        p = x.sigmoid()
+        sign = torch.rsub(y, 1, alpha=2)  # of an answer's slope, fading where it is neither
+        wrong = torch.addcmul(y, sign, p)
+        ce = log_1p_exp(x).addcmul_(x, y, value=-1)
+        root = power(wrong, self.gamma - 1) * self.weight(y)
+        tilt = torch.ops.aten.sigmoid_backward(ce.mul_(root), p).mul_(sign)
+        value = ce * wrong
+        slope = root.mul_(wrong).mul_(p.sub_(y)).add_(tilt, alpha=self.gamma)
+        return value, slope
 
 
 @dataclass(frozen=True)
 class QualityFocal(Formula):
     beta: float
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return power(s.error(y).abs(), self.beta) * s.cross_entropy(y)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        if not isinstance(y, Tensor):
-            return Focal(None, self.beta).slope(s, y)
-        rise, ce = s.error(y), s.cross_entropy(y)
-        missed = rise.abs()
-        factor = power(missed.clamp(min=torch.finfo(missed.dtype).tiny), self.beta - 1)
-        tilt = s.spread * rise.sign()  # the slope of missed
-        return factor * torch.addcmul(missed * rise, tilt, ce, value=self.beta)
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        return power(error(x, y).abs(), self.beta) * cross_entropy(x, y)
 
 
 @dataclass(frozen=True)
@@ -385,15 +408,10 @@ class Varifocal(Formula):
     alpha: float
     gamma: float
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        if isinstance(y, Tensor):
-            return torch.where(y > 0, y * s.cross_entropy(y), self.value(s, 0))
-        return s.pos if y else self.alpha * Focal(None, self.gamma).value(s, 0)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        if isinstance(y, Tensor):
-            return torch.where(y > 0, y * s.error(y), self.slope(s, 0))
-        return -s.q if y else self.alpha * Focal(None, self.gamma).slope(s, 0)
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        if not isinstance(y, Tensor):
+            return cross_entropy(x, 1) if y else self.alpha * Focal(None, self.gamma).value(x, 0)
+        return torch.where(y > 0, y * cross_entropy(x, y), self.value(x, 0))
 
 
 @dataclass(frozen=True)
@@ -402,46 +420,25 @@ class Asymmetric(Formula):
     gamma_pos: float
     margin: float
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
+    def value(self, x: Tensor, y: Label) -> Tensor:
         if isinstance(y, Tensor):
-            return torch.lerp(self.value(s, 0), self.value(s, 1), y)
+            return torch.lerp(self.value(x, 0), self.value(x, 1), y)
         if y or not self.margin:
-            return self.unshifted(y).value(s, y)
-        right = self.right(s)
+            return Focal(None, self.gamma_pos if y else self.gamma_neg).value(x, y)
+        right = ((-x).sigmoid() + self.margin).clamp(max=1)  # 1 - p_m
         return -power(1 - right, self.gamma_neg) * right.log()
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        if isinstance(y, Tensor):
-            return torch.lerp(self.slope(s, 0), self.slope(s, 1), y)
-        if y or not self.margin:
-            return self.unshifted(y).slope(s, y)
-        right = self.right(s)
-        missed = (1 - right).clamp(min=torch.finfo(right.dtype).tiny)
-        factor = power(missed, self.gamma_neg - 1) * s.spread
-        slope = factor * torch.sub(missed / right, right.log(), alpha=self.gamma_neg)
-        return torch.where(right < 1, slope, 0)
-
-    def unshifted(self, y: Label) -> Focal:
-        return Focal(None, self.gamma_pos if y else self.gamma_neg)
-
-    def right(self, s: Sigmoid) -> Tensor:
-        """``1 - p_m``."""
-        return (s.q + self.margin).clamp(max=1)
 
 
 @dataclass(frozen=True)
-class PolyFocal(Focal):
+class PolyFocal(Formula):
+    alpha: Tensor | float | None
+    gamma: float
     epsilon: float
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.both(s, y)[0]
-
-    def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
-        value, slope = super().both(s, y)
-        missed = s.missed(y)
-        power_of_missed = power(missed, self.gamma, self.weight(y)) * self.epsilon
-        steeper = power_of_missed * s.missed_slope(y) * (self.gamma + 1)
-        return torch.addcmul(value, power_of_missed, missed), slope + steeper
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        focal = Focal(self.alpha, self.gamma)
+        steeper = focal.weight(y) * power(missed(x, y), self.gamma + 1)
+        return focal.value(x, y) + self.epsilon * steeper
 
 
 @dataclass(frozen=True)
@@ -468,7 +465,7 @@ class Harmonised(Formula):
             kept = None if batch.weight is None else w != 0
             target = tile.of(batch.target)
             part = replace(batch, logits=x, target=target, weight=kept, scale=None)
-            (found,) = pointwise(part, maps=[Bin(self.bins)])
+            (found,) = sigmoid_statistics(part, Wants(maps=(Bin(self.bins),)))
             each = counts.new_zeros(*x.shape[:2], self.bins)
             each = each.scatter_add(2, index_of(found, self.bins), w.to(counts).expand_as(x))
             counts = counts + each.sum((0, 1))
@@ -481,8 +478,8 @@ class Bin(Formula):
 
     bins: int
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return (s.error(y).detach().abs() * self.bins).floor_()
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        return (error(x.detach(), y).abs() * self.bins).floor_()
 
 
 @dataclass(frozen=True)
@@ -491,20 +488,10 @@ class Binned(Formula):
 
     weights: Tensor
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.each(s, y) * s.cross_entropy(y)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.each(s, y) * s.error(y)
-
-    def both(self, s: Sigmoid, y: Label) -> tuple[Tensor, Tensor]:
-        each = self.each(s, y)
-        return each * s.cross_entropy(y), each * s.error(y)
-
-    def each(self, s: Sigmoid, y: Label) -> Tensor:
+    def value(self, x: Tensor, y: Label) -> Tensor:
         bins = len(self.weights)
-        index = index_of(Bin(bins).value(s, y), bins)
-        return self.weights.expand(*index.shape[:-1], bins).gather(-1, index)
+        index = index_of(Bin(bins).value(x, y), bins)
+        return self.weights.expand(*index.shape[:-1], bins).gather(-1, index) * cross_entropy(x, y)
 
     def of_classes(self, index: Tensor) -> Formula:
         return self  # the weights are not those of classes
@@ -549,23 +536,26 @@ def _sigmoid_loss(
         )
     if reduction == "none":
         return _map(formula, batch, class_weights)
-    (sums,) = pointwise(batch, [formula], per_class=class_weights is not None)
+    wants = Wants(sums=(formula,), per_class=class_weights is not None)
+    (sums,) = sigmoid_statistics(batch, wants)
     return _reduce(sums, batch, class_weights, reduction, per_image, sync)
 
 
 def _map(formula: Formula, batch: Batch, class_weights: Any) -> Tensor:
-    (values,) = pointwise(batch, maps=[formula])
+    (values,) = sigmoid_statistics(batch, Wants(maps=(formula,)))
     return batch.entries(values * column(_each(batch, class_weights)))
 
 
 def _reduce(
     sums: Tensor, batch: Batch, class_weights: Any, reduction: str, per_image: bool, sync: bool
 ) -> Tensor:
-    each = _each(batch, class_weights)
-    sums = (sums * each).sum(-1)
+    if class_weights is not None:
+        sums = sums * batch.per_class(class_weights)
     if reduction == "sum":
-        return sums.sum() * processes(sync)
-    return mean_of_sums(sums, (batch.valid() * each).sum(-1), per_image=per_image, sync=sync)
+        total, count = sums.sum(), processes(sync)
+        return total if count == 1 else total * count
+    counts = (batch.valid() * _each(batch, class_weights)).sum(-1)
+    return mean_of_sums(sums.sum(-1), counts, per_image=per_image, sync=sync)
 
 
 def _each(batch: Batch, class_weights: Any) -> Any:

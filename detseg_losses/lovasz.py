@@ -7,15 +7,16 @@ without a graph, and one pass over the logits does the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ._engine.sigmoid import Formula, Label, Wants, sigmoid_statistics
 from .base import WHOLE, Loss, divide, gather, register
 from .checks import checked
 from .layout import Batch, Part
-from .pointwise import Formula, Label, Sigmoid, pointwise
 from .regions import RegionOptions, Regions, _region_loss, region_batch
 from .statistics import measure, weighted_counts
 
@@ -57,7 +58,8 @@ def lovasz_loss(
         loss = s.counts[1] + (hits if batch.weight is None else hits * batch.weight).sum(-1)
     else:
         s = measure(batch, ["regions"])
-        (loss,) = pointwise(replace(batch, target=-factor * sign), [Hinge()])
+        weighted = replace(batch, target=-factor * sign)
+        (loss,) = sigmoid_statistics(weighted, Wants(sums=(Hinge(),)))
     r = Regions(s, **options)
     return r.reduce(r.pool(loss))
 
@@ -66,15 +68,9 @@ def lovasz_loss(
 class Hinge(Formula):
     """The hinge loss of the sign of y, times the size of y."""
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return (size(y) - s.x * y).relu()
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return -y * (size(y) > s.x * y).to(s.x.dtype)
-
-
-def size(y: Label) -> Tensor | float:
-    return y.abs() if isinstance(y, Tensor) else abs(y)
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        size: Any = abs(y)
+        return (size - x * y).relu()
 
 
 @torch.no_grad()

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._engine.sigmoid import sigmoid_counts
+from ._engine import sigmoid
+from ._engine.sigmoid import Formula, sigmoid_statistics
 from ._engine.softmax import Wants, softmax_statistics, sums_by_label
 from .layout import Batch
-from .pointwise import Formula, pointwise
 
 Need = Literal["regions", "squares", "nll", "smooth"] | Formula
 """What a loss asks of a batch: region counts, one of the maps, or the sums of a formula."""
@@ -61,7 +61,8 @@ def measure(
         ValueError: on a need that has no meaning in the mode of the batch.
     """
     needs = list(dict.fromkeys(needs))  # in their order, on which the last digits depend
-    formulas = [need for need in needs if isinstance(need, Formula)]
+    formulas = tuple(need for need in needs if isinstance(need, Formula))
+    counts, squares = "regions" in needs, "squares" in needs
     result = Statistics(batch)
     if batch.mode == "multiclass":
         _measure_softmax(result, needs, batch.per_class(class_weights))
@@ -70,11 +71,12 @@ def measure(
             f"a softmax over classes has no meaning in mode {batch.mode!r}; use 'bce' or 'focal', "
             "or a model with a channel for each class"
         )
-    elif "regions" in needs:
-        tensors = batch.logits, batch.target, batch.weight
-        result.counts = sigmoid_counts(*tensors, squares="squares" in needs)
-    if formulas:
-        result.sums = dict(zip(formulas, pointwise(batch, formulas), strict=True))
+    counts &= batch.mode != "multiclass"
+    if formulas or counts:
+        found = sigmoid_statistics(batch, sigmoid.Wants(formulas, (), counts, squares))
+        result.sums = dict(zip(formulas, found, strict=False))
+        if counts:
+            result.counts = found[-1]
     if "squares" in needs:
         result.counts = torch.cat((result.counts[:4], result.counts[4:] + ground_truth(batch, 2)))
     return result

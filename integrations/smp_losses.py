@@ -53,12 +53,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from detseg_losses._engine.sigmoid import (
+    Formula,
+    Label,
+    Wants,
+    cross_entropy,
+    missed,
+    mix,
+    power,
+    sigmoid_statistics,
+)
 from detseg_losses.base import Reduction, check_choice, compute_dtype, divide, reduce
 from detseg_losses.classification import CrossEntropy
 from detseg_losses.layout import Batch, Mode, segmentation_batch
 from detseg_losses.lovasz import lovasz_loss
 from detseg_losses.pixels import cross_entropy_loss
-from detseg_losses.pointwise import Formula, Label, Sigmoid, mix, pointwise
 from detseg_losses.statistics import ground_truth, measure
 
 BINARY_MODE: Mode = "binary"
@@ -267,11 +276,11 @@ class FocalLoss(_Loss):
         focal = WeightedFocal(self.gamma, self.reduced_threshold, self.alpha)
         norm: Tensor | float = 1.0
         if self.normalized:
-            norm = pointwise(batch, [factor])[0].sum(0).clamp_min(1e-6)
+            norm = _sums(batch, factor).sum(0).clamp_min(1e-6)
         if self.mode == BINARY_MODE and self.reduction == "none":
-            (values,) = pointwise(batch, maps=[focal])
+            values = _map(batch, focal)
             return (values if batch.weight is None else values[batch.weight]).flatten() / norm
-        sums = pointwise(batch, [focal])[0].sum(0) / norm
+        sums = _sums(batch, focal).sum(0) / norm
         return _mean_of_classes(divide(sums, self._counts(batch)), self.class_weights)
 
     def _counts(self, batch: Batch) -> Tensor:
@@ -429,8 +438,8 @@ class SoftBCEWithLogitsLoss(nn.Module):
             batch.target = divide(positive, 1 - y + positive)
         formula = CrossEntropy(1.0)
         if self.reduction == "none":
-            return pointwise(batch, maps=[formula])[0].reshape(y_pred.shape)
-        total = pointwise(batch, [formula])[0].sum()
+            return _map(batch, formula).reshape(y_pred.shape)
+        total = _sums(batch, formula).sum()
         return total / y_pred.numel() if self.reduction == "mean" else total
 
 
@@ -494,22 +503,17 @@ class SoftCrossEntropyLoss(nn.Module):
 class Overlap(Formula):
     """What the prediction and the target have in common: its sum is SMP's true positives."""
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p.clamp(max=y)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread * ((y - s.p).sign() + 1) / 2  # half of it where both are equal
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        p = x.sigmoid()
+        return torch.minimum(p, y) if isinstance(y, Tensor) else p * y
 
 
 @dataclass(frozen=True)
 class Predicted(Formula):
     """The probability itself."""
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.p
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        return s.spread
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        return x.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -519,45 +523,34 @@ class FocalFactor(Formula):
     gamma: float
     reduced_threshold: float | None
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        missed = self.missed(s, y)
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        # One minus the likelihood; that of a target in between is the geometric mixture.
+        wrong = -torch.expm1(-cross_entropy(x, y)) if isinstance(y, Tensor) else missed(x, y)
         if self.reduced_threshold is None:
-            return missed.pow(self.gamma)
-        factor = (missed / self.reduced_threshold).pow(self.gamma)
-        return factor.where(1 - missed >= self.reduced_threshold, 1)
-
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        missed = self.missed(s, y)
-        # d log(missed) / dx; whatever underflows in missed does so in mix, too.
-        tilt = s.error(y) / missed.clamp(min=torch.finfo(missed.dtype).tiny)
-        slope = FocalFactor.value(self, s, y) * tilt * (1 - missed) * self.gamma
-        if self.reduced_threshold is None:
-            return slope
-        return slope.where(1 - missed >= self.reduced_threshold, 0)
-
-    def missed(self, s: Sigmoid, y: Label) -> Tensor:
-        """One minus the likelihood of the target."""
-        if isinstance(y, Tensor):
-            return -torch.expm1(-s.cross_entropy(y))
-        return s.missed(y)
+            return power(wrong, self.gamma)
+        factor = power(wrong / self.reduced_threshold, self.gamma)
+        return factor.where(1 - wrong >= self.reduced_threshold, 1)
 
 
 @dataclass(frozen=True)
 class WeightedFocal(FocalFactor):
-    """SMP's focal loss; of a target in between, the likelihood is the geometric mixture."""
+    """SMP's focal loss."""
 
     alpha: float | None
 
-    def value(self, s: Sigmoid, y: Label) -> Tensor:
-        return self.weighted(super().value(s, y) * s.cross_entropy(y), y)
+    def value(self, x: Tensor, y: Label) -> Tensor:
+        weight = 1.0 if self.alpha is None else mix(1 - self.alpha, self.alpha, y)
+        return super().value(x, y) * cross_entropy(x, y) * weight
 
-    def slope(self, s: Sigmoid, y: Label) -> Tensor:
-        ce = s.cross_entropy(y)
-        slope = super().slope(s, y) * ce + super().value(s, y) * s.error(y)
-        return self.weighted(slope, y)
 
-    def weighted(self, values: Tensor, y: Label) -> Tensor:
-        return values if self.alpha is None else values * mix(1 - self.alpha, self.alpha, y)
+def _sums(batch: Batch, formula: Formula) -> Tensor:
+    """The sums of a formula, ``(B, C)``."""
+    return sigmoid_statistics(batch, Wants(sums=(formula,)))[0]
+
+
+def _map(batch: Batch, formula: Formula) -> Tensor:
+    """The values of a formula, ``(B, C, P)``."""
+    return sigmoid_statistics(batch, Wants(maps=(formula,)))[0]
 
 
 def _flatten(y_pred: Tensor, y_true: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:

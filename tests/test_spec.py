@@ -29,8 +29,8 @@ from detseg_losses import (
     sigmoid_focal_loss,
     tversky_loss,
 )
+from detseg_losses._engine.sigmoid import _Sigmoid
 from detseg_losses._engine.softmax import _Softmax
-from detseg_losses.pointwise import _Pointwise
 from detseg_losses.spec import read_stages
 
 
@@ -235,14 +235,14 @@ def test_terms_share_one_pass(
         monkeypatch.setattr(engine, "forward", staticmethod(counted))
 
     count(_Softmax)
-    count(_Pointwise)
+    count(_Sigmoid)
     x, y = sample()
     x = x[:, :channels]
     y = y.clamp(max=1) if channels == 1 else y
     loss = build_loss(spec, kind="segmentation")
     calls.clear()
     total = loss(x, y)
-    assert (calls.count(_Softmax), calls.count(_Pointwise)) == (softmax, sigmoid)
+    assert (calls.count(_Softmax), calls.count(_Sigmoid)) == (softmax, sigmoid)
     alone = [
         weight * build_loss(repr(term), kind="segmentation")(x, y)
         for _, weight, term in loss.items()
