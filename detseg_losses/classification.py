@@ -323,8 +323,6 @@ def ghm_loss(
 class CrossEntropy(Symmetric):
     pos_weight: Tensor | float
 
-    dear = False
-
     def value(self, x: Tensor, y: Label) -> Tensor:
         if not self.weighted:
             return cross_entropy(x, y)
@@ -402,6 +400,9 @@ class QualityFocal(Formula):
     def value(self, x: Tensor, y: Label) -> Tensor:
         return power(error(x, y).abs(), self.beta) * cross_entropy(x, y)
 
+    def both(self, x: Tensor, y: Label) -> tuple[Tensor, Tensor]:
+        return super().both(x, y) if isinstance(y, Tensor) else Focal(None, self.beta).both(x, y)
+
 
 @dataclass(frozen=True)
 class Varifocal(Formula):
@@ -412,6 +413,14 @@ class Varifocal(Formula):
         if not isinstance(y, Tensor):
             return cross_entropy(x, 1) if y else self.alpha * Focal(None, self.gamma).value(x, 0)
         return torch.where(y > 0, y * cross_entropy(x, y), self.value(x, 0))
+
+    def both(self, x: Tensor, y: Label) -> tuple[Tensor, Tensor]:
+        if isinstance(y, Tensor):
+            return super().both(x, y)
+        if y:
+            return CrossEntropy(1.0).both(x, 1)
+        value, slope = Focal(None, self.gamma).both(x, 0)
+        return value.mul_(self.alpha), slope.mul_(self.alpha)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,13 @@ def power(base: Tensor, exponent: float) -> Tensor:
     return base.clamp(min=torch.finfo(base.dtype).tiny).pow(exponent)
 
 
+def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    """``torch.lerp``, which on the CPU takes twice as long as its parts where the ends are small."""
+    if not in_blocks(weight) or start.numel() * FEW > weight.numel():
+        return torch.lerp(start, end, weight)
+    return torch.rsub(weight, 1).mul_(start).add_(weight * end)
+
+
 def column(weights: Any) -> Any:
     """Numbers of classes ``(C,)`` as ``(C, 1)``, to go with ``(B, C, P)``; anything else as is."""
     return weights.unsqueeze(-1) if isinstance(weights, Tensor) and weights.dim() == 1 else weights
@@ -161,9 +168,6 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 class Symmetric(Formula):
     """A loss whose hard answers have, but for their weights, the same loss f(u)."""
 
-    dear: ClassVar[bool] = True
-    """Whether the slope is worth keeping for backward where it is computed block by block."""
-
     def weights(self) -> tuple[Any, Any]:
         """Those of negatives and of positives."""
         raise NotImplementedError
@@ -183,6 +187,9 @@ class Symmetric(Formula):
     def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and its slope in x where the target is not known to be 0 or 1."""
         return super().both(x, y)
+
+    def quick(self, x: Tensor, y: Label) -> Tensor:
+        return self.both(x, y)[0]
 
     def both(self, x: Tensor, y: Label) -> tuple[Tensor, Tensor]:
         if isinstance(y, Tensor):
@@ -215,13 +222,10 @@ class Wants(NamedTuple):
         """How many counts there are."""
         return (4 + self.squares) * self.counts
 
-    def keeps(self, whole: bool) -> bool:
+    @property
+    def keeps(self) -> bool:
         """Whether something is worth keeping for backward."""
-        if self.counts:
-            return True
-        if len(self.sums) != 1 or self.maps:
-            return False
-        return whole or getattr(self.sums[0], "dear", True)
+        return self.counts or (len(self.sums) == 1 and not self.maps)
 
 
 def sigmoid_statistics(batch: Batch, wants: Wants) -> tuple[Tensor, ...]:
@@ -242,7 +246,7 @@ def sigmoid_statistics(batch: Batch, wants: Wants) -> tuple[Tensor, ...]:
     else:
         # Beside half precision what is kept would be twice as large.
         full = batch.logits.dtype == batch.dtype
-        keep = full and has_graph(batch.logits) and wants.keeps(not _cut(batch.logits))
+        keep = full and has_graph(batch.logits) and wants.keeps
         results = [*_Sigmoid.apply(*tensors, wants, keep)][: len(sums) + len(maps) + wants.counts]
     if batch.scale is not None:
         count = len(sums)
@@ -280,7 +284,7 @@ def plain(
 
 def _blocks(logits: Tensor) -> list[Block]:
     """Blocks of which each thread's share stays in its cache."""
-    return blocks(logits, torch.get_num_threads() / 8)
+    return blocks(logits, torch.get_num_threads() / 4)
 
 
 def _cut(logits: Tensor) -> bool:
@@ -442,7 +446,15 @@ class _Block:
 
     def guarded(self, value: Tensor | float) -> Tensor:
         """Logits, and a value where they are ignored: there they may even be infinite."""
-        return self.raw if self.ignored is None else torch.where(self.ignored, value, self.raw)
+        if self.ignored is None:
+            return self.raw
+        if self.cut and self.ignored.count_nonzero() * FEW < self.ignored.numel():
+            # To look few up takes half the time, or less.
+            images, classes, places = self.ignored.nonzero(as_tuple=True)
+            x = self.raw.clone()
+            x[images, slice(None) if self.ignored.shape[1] == 1 else classes, places] = value
+            return x
+        return torch.where(self.ignored, value, self.raw)
 
     def at_index(self, values: Any) -> Any:
         """The entries of a tensor that goes with ``(b, C, n)``; a number as it is."""
@@ -457,7 +469,7 @@ class _Block:
         if isinstance(negative, Tensor) and isinstance(positive, Tensor):
             if self.y.dtype == torch.bool:
                 return torch.where(self.y, positive, negative)
-            return torch.lerp(negative, positive, self.y)
+            return lerp(negative, positive, self.y)
         if negative == positive:
             return negative
         return torch.add(self.raw.new_full((), negative), self.y, alpha=positive - negative)
@@ -467,7 +479,10 @@ class _Block:
         """Whether all targets are 0 or 1, as far as it is known without waiting for a device."""
         if self.y is None or not self.y.is_floating_point():
             return True
-        return in_blocks(self.y) and torch.equal(self.y, self.y.round())
+        if not in_blocks(self.y):
+            return False
+        rest = self.y.round().sub_(self.y)
+        return not bool(rest.mul_(rest).sum())  # which takes half the time of torch.equal
 
     @lazy
     def entries(self) -> tuple[Tensor, ...] | None:
@@ -529,7 +544,7 @@ class _Block:
         assert self.y is not None
         fp, tp, fn, _, *squares = counts.unsqueeze(-1)
         # Not fp + y (tp - fn - fp), for one may be a million times the other.
-        of_p = torch.lerp(fp, tp - fn, self.y.to(p.dtype))
+        of_p = lerp(fp, tp - fn, self.y.to(p.dtype))
         for each in squares:
             of_p.addcmul_(p, each, value=2)
         if self.w is not None:
