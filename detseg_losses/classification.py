@@ -323,13 +323,16 @@ def ghm_loss(
 class CrossEntropy(Symmetric):
     pos_weight: Tensor | float
 
+    slope_is_p = True
+
     def value(self, x: Tensor, y: Label) -> Tensor:
         if not self.weighted:
             return cross_entropy(x, y)
         return mix(cross_entropy(x, 0), column(self.pos_weight) * cross_entropy(x, 1), y)
 
     def weights(self) -> tuple[Any, Any]:
-        return 1.0, self.pos_weight
+        weight = self.pos_weight
+        return (torch.ones_like(weight) if isinstance(weight, Tensor) else 1), weight
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         return log_1p_exp(u), u

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ def power(base: Tensor, exponent: float) -> Tensor:
 
 
 def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """``torch.lerp``, which on the CPU takes twice as long as its parts where the ends are small."""
+    """``torch.lerp``; of small ends its parts take half its time on the CPU."""
     if not in_blocks(weight) or start.numel() * FEW > weight.numel():
         return torch.lerp(start, end, weight)
     return torch.rsub(weight, 1).mul_(start).add_(weight * end)
@@ -168,8 +168,11 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 class Symmetric(Formula):
     """A loss whose hard answers have, but for their weights, the same loss f(u)."""
 
+    slope_is_p: ClassVar[bool] = False
+    """Whether the slope of f is the probability of the wrong answer."""
+
     def weights(self) -> tuple[Any, Any]:
-        """Those of negatives and of positives."""
+        """Those of negatives and of positives: two numbers, or two tensors."""
         raise NotImplementedError
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +192,7 @@ class Symmetric(Formula):
         return super().both(x, y)
 
     def quick(self, x: Tensor, y: Label) -> Tensor:
-        return self.both(x, y)[0]
+        return self.between(x, y)[0] if isinstance(y, Tensor) else self.both(x, y)[0]
 
     def both(self, x: Tensor, y: Label) -> tuple[Tensor, Tensor]:
         if isinstance(y, Tensor):
@@ -247,7 +250,8 @@ def sigmoid_statistics(batch: Batch, wants: Wants) -> tuple[Tensor, ...]:
         # Beside half precision what is kept would be twice as large.
         full = batch.logits.dtype == batch.dtype
         keep = full and has_graph(batch.logits) and wants.keeps
-        results = [*_Sigmoid.apply(*tensors, wants, keep)][: len(sums) + len(maps) + wants.counts]
+        found = _Sigmoid.apply(*tensors, wants, keep, [])
+        results = [*found][: len(sums) + len(maps) + wants.counts]
     if batch.scale is not None:
         count = len(sums)
         results[:count] = (result * batch.scale for result in results[:count])
@@ -300,7 +304,12 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, weight: Tensor | None, wants: Wants, keep: bool
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        wants: Wants,
+        keep: bool,
+        by_wrong: list[bool],
     ) -> tuple[Tensor | None, ...]:
         images, classes, _ = logits.shape
         dtype = compute_dtype(logits.dtype)
@@ -330,8 +339,9 @@ class _Sigmoid(torch.autograd.Function):
                     values = evaluation.values()
                 evaluation.add_up(values, out)
             if wants.counts:
-                p = tile.of(kept[0]) if keep else None
-                block.count(p, counts[:, tile.part, tile.rows])
+                place = tile.of(kept[0]) if keep else torch.empty_like(block.raw)
+                block.count(place, counts[:, tile.part, tile.rows], wants)
+                by_wrong.append(block.by_wrong(wants))
             elif keep and cut:
                 slopes = evaluation.gradient(own, logits.new_ones(1, 1, 1))
                 tile.of(kept[0]).copy_(slopes)
@@ -349,7 +359,7 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.wants, _ = inputs
+        *tensors, ctx.wants, _, ctx.by_wrong = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.results = len(ctx.wants.sums) + len(ctx.wants.maps) + ctx.wants.counts
@@ -358,7 +368,7 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         grads = grads[: ctx.results]
         if all(grad is None for grad in grads):
             return None, *nothing
@@ -381,18 +391,23 @@ class _Sigmoid(torch.autograd.Function):
         factors = *(g if g is None else g.unsqueeze(-1) for g in grads[:count]), *grads[count:]
         p = kept[0] if wants.counts and kept else None
         result = p
-        for tile in _blocks(logits):
+        for index, tile in enumerate(_blocks(logits)):
             block = _Block(tile, logits, target, weight)
-            place = None if p is None else tile.of(p)
+            place = None
+            if wants.counts:
+                place = None if p is None else tile.of(p)
+                if ctx.by_wrong[index]:
+                    block.hard, block.known = True, place
             gradient = None
-            if wants.counts and factors[-1] is not None:
-                gradient = block.gradient_of_counts(place, factors[-1][:, tile.rows])
             for formula, factor in zip((*wants.sums, *wants.maps), factors, strict=False):
                 if factor is not None:
                     evaluation = block.evaluation(formula)
                     own = evaluation.kept() if wants.counts or not kept else kept
                     more = evaluation.gradient(own, tile.of(factor))
                     gradient = more if gradient is None else gradient.add_(more)
+            if wants.counts and factors[-1] is not None:
+                more = block.gradient_of_counts(place, factors[-1][:, tile.rows])
+                gradient = more if gradient is None else more.add_(gradient)
             assert gradient is not None
             if gradient is not place:
                 result = tile.store(gradient, result, logits, logits.dtype)
@@ -412,9 +427,18 @@ class _Block:
         w: weight, of the same shape; None where all that is not ignored counts alike.
         y: dense targets ``(b, C, n)``, bools or numbers, 0 where they are ignored; else None.
         index: class indices ``(b, 1, n)``, valid ones everywhere; else None.
+        known: the probabilities of wrong answers, if they have been kept.
     """
 
-    def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    known: Tensor | None = None
+
+    def __init__(
+        self,
+        tile: Block,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+    ) -> None:
         self.cut = tile is not WHOLE
         self.raw = tile.of(logits)
         self.raw = self.raw.to(compute_dtype(self.raw.dtype))
@@ -429,9 +453,8 @@ class _Block:
                 self.w = weight.to(self.raw.dtype)
         target = tile.of(target)
         if target.dim() == 2 and self.raw.shape[1] <= SMALL:
-            target = target.unsqueeze(1) == torch.arange(
-                self.raw.shape[1], device=target.device
-            ).unsqueeze(1)
+            classes = torch.arange(self.raw.shape[1], device=target.device)
+            target = target.unsqueeze(1) == classes.unsqueeze(1)
         if target.dim() == 3:
             if target.is_floating_point() or in_blocks(target):  # where selecting is slow
                 target = target.to(self.raw.dtype)
@@ -466,7 +489,7 @@ class _Block:
     def choose(self, negative: Any, positive: Any) -> Any:
         """One of two numbers, or of two tensors, for each entry of hard dense targets."""
         assert self.y is not None
-        if isinstance(negative, Tensor) and isinstance(positive, Tensor):
+        if isinstance(negative, Tensor):
             if self.y.dtype == torch.bool:
                 return torch.where(self.y, positive, negative)
             return lerp(negative, positive, self.y)
@@ -506,41 +529,56 @@ class _Block:
         if isinstance(formula, Symmetric):
             if self.y is None:
                 return _OfIndices(self, formula)
-            if self.entries is None and self.hard:
+            if self.hard:
                 return _OfDense(self, formula)
         return _Evaluation(self, formula)
 
-    def probabilities(self, place: Tensor | None) -> Tensor:
-        """Those of the positive answer, 0 where they are ignored; written to a place if given."""
-        p = torch.sigmoid(self.raw, out=torch.empty_like(self.raw) if place is None else place)
-        return p if self.ignored is None else p.masked_fill_(self.ignored, 0)
+    @lazy
+    def wrong(self) -> Tensor:
+        """The logits of wrong answers of hard dense targets, minus infinity where ignored."""
+        x, y = self.raw, self.y
+        assert y is not None
+        u = torch.where(y, -x, x) if y.dtype == torch.bool else x * torch.rsub(y, 1, alpha=2)
+        return u if self.ignored is None else u.masked_fill_(self.ignored, -math.inf)
 
-    def count(self, place: Tensor | None, counts: Tensor) -> None:
-        """Write the counts ``(4 or 5, b, C)``, and the probabilities to a place if given."""
-        assert self.y is not None
-        p, y = self.probabilities(place), self.y
+    def by_wrong(self, wants: Wants) -> bool:
+        """Whether counts are taken of the probabilities of wrong answers, as formulas are."""
+        formulas = any(isinstance(formula, Symmetric) for formula in wants.sums)
+        return formulas and not wants.squares and self.hard
+
+    def count(self, p: Tensor, counts: Tensor, wants: Wants) -> None:
+        """Write the counts ``(4 or 5, b, C)``, and probabilities, of the positive or, where
+        :meth:`by_wrong` says so, of the wrong answers, 0 where they are ignored.
+        """
+        y = self.y
+        assert y is not None
 
         def add_up(values: Tensor, out: Tensor) -> None:
             if self.w is not None:
                 values = values * self.w
             torch.sum(values, -1, dtype=p.dtype, out=out)
 
-        if len(counts) == 5:
-            add_up(p * p, counts[4])
-        hit = p * y
-        add_up(hit, counts[1])
-        add_up(torch.sub(p, hit, out=hit), counts[0])
-        # 1 - p would cancel. Of y = 0 nothing is left where a logit is not even a number.
-        q = self.raw.neg().sigmoid_()
+        by_wrong = self.by_wrong(wants)
+        x = self.wrong if by_wrong else self.raw
+        torch.sigmoid(x, out=p)
+        q = x.neg().sigmoid_()  # for 1 - p would cancel
         if self.ignored is not None:
+            p.masked_fill_(self.ignored, 0)
             q.masked_fill_(self.ignored, 0)
-        add_up(q.mul_(y), counts[2])
+        if wants.squares:
+            add_up(p * p, counts[4])
+        of_positives = p * y
+        add_up(of_positives, counts[2 if by_wrong else 1])
+        add_up(torch.sub(p, of_positives, out=of_positives), counts[0])
+        add_up(q.mul_(y), counts[1 if by_wrong else 2])
         add_up(y, counts[3])
 
     def gradient_of_counts(self, p: Tensor | None, counts: Tensor) -> Tensor:
-        """The gradient of the logits, written over the probabilities if they are known."""
+        """The gradient of the logits, written over probabilities, of whichever answer."""
         if p is None:
-            p = self.probabilities(None)
+            p = self.raw.sigmoid()
+            if self.ignored is not None:
+                p.masked_fill_(self.ignored, 0)
         assert self.y is not None
         fp, tp, fn, _, *squares = counts.unsqueeze(-1)
         # Not fp + y (tp - fn - fp), for one may be a million times the other.
@@ -636,21 +674,20 @@ class _OfWrong(_Evaluation):
         return tuple(map(self.formula.kept, self.wrong()))
 
     def weights(self) -> tuple[Any, Any]:
-        pair = self.formula.weights()
-        if any(isinstance(weight, Tensor) for weight in pair):  # then both
-            pair = tuple(torch.as_tensor(w, dtype=self.block.raw.dtype) for w in pair)
-            return tuple(weight.unsqueeze(-1) for weight in pair)
-        return pair
+        negative, positive = self.formula.weights()
+        return column(negative), column(positive)
 
 
 class _OfDense(_OfWrong):
     """The same on dense targets."""
 
     def wrong(self) -> tuple[Tensor, ...]:
-        x, y, ignored = self.block.raw, self.block.y, self.block.ignored
-        assert y is not None
-        u = torch.where(y, -x, x) if y.dtype == torch.bool else x * torch.rsub(y, 1, alpha=2)
-        return (u if ignored is None else u.masked_fill_(ignored, -math.inf),)
+        return (self.block.wrong,)
+
+    def kept(self) -> tuple[Tensor, ...]:
+        if self.formula.slope_is_p and self.block.known is not None:
+            return ()
+        return super().kept()
 
     def map(self, values: tuple[Tensor, ...]) -> Tensor:
         weight = self.block.choose(*self.weights())
@@ -660,8 +697,11 @@ class _OfDense(_OfWrong):
     def gradient(self, kept: tuple[Tensor, ...], factor: Tensor) -> Tensor:
         factor = self.weighted(factor)
         negative, positive = self.weights()
-        pair = factor * negative, factor * -positive
-        return self.formula.backward(kept[0], self.block.choose(*pair))
+        factor = self.block.choose(factor * negative, factor * -positive)
+        if not kept:
+            assert self.block.known is not None
+            return factor.mul_(self.block.known)
+        return self.formula.backward(kept[0], factor)
 
 
 class _OfIndices(_OfWrong):
