@@ -60,10 +60,12 @@ def boundary_loss(
         masks = batch.masks()
         others = ~masks if batch.weight is None else ~masks & (batch.weight != 0)
         distance = _signed(batch.spatial(masks), batch.spatial(others), spacing, batch.dtype)
-    elif distance.shape != logits.shape:
-        raise ValueError(
-            f"distance {tuple(distance.shape)} does not fit logits {tuple(logits.shape)}"
-        )
+    else:
+        check_tensors(distance=distance)
+        if distance.shape != logits.shape:
+            raise ValueError(
+                f"distance {tuple(distance.shape)} does not fit logits {tuple(logits.shape)}"
+            )
     check_constant("distance", distance)
     r = Regions(weighted_counts(batch, distance.reshape(batch.logits.shape)), **options)
     return r.reduce(divide(r.tp, r.valid))

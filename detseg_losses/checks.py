@@ -66,6 +66,8 @@ class Number:
         kind = Integral if self.whole else Real
         if isinstance(value, bool) or not isinstance(value, kind):
             return False
+        if isinstance(value, int) and abs(value) >= 1 << 1023:  # more than any float
+            return False
         number: Any = value
         return (self.low < number if self.above else self.low <= number) and (
             number <= self.high and number < math.inf
@@ -195,7 +197,7 @@ RULES: dict[str, Rule] = {
     "gamma": NOT_NEGATIVE,
     "gamma_neg": NOT_NEGATIVE,
     "gamma_pos": NOT_NEGATIVE,
-    "ignore_index": optional(Number("be a whole number or None", -math.inf, whole=True)),
+    "ignore_index": optional(Number("be a whole number or None", -(2**63), 2**63 - 1, whole=True)),
     "iterations": Number("not be negative, and be a whole number", 0, whole=True),
     "label_smoothing": SHARE,
     "margin": SHARE,

@@ -547,6 +547,11 @@ def _numbers(family: Sequence[Tversky], like: Tensor) -> Numbers:
 
 def region_batch(logits: Tensor, target: Tensor, options: RegionOptions) -> Batch:
     """The batch of a loss that counts for itself and leaves the rest to :class:`Regions`."""
+    if unknown := options.keys() - RegionOptions.__annotations__:
+        raise TypeError(
+            f"there is no option {min(unknown)!r}; there are "
+            + ", ".join(sorted(RegionOptions.__annotations__))
+        )
     known = ("mode", "ignore_index", "pixel_weight", "validate")
     given: Any = {key: value for key, value in options.items() if key in known}
     return segmentation_batch(logits, target, **given)

@@ -83,7 +83,7 @@ class CocoDetection(DetectionData):
     neither 0 nor 1, a missing or broken image, one outside of the folder, one whose size is not
     what the file says) are listed in ``faults``; a box partly outside is clipped, and an area that
     is no number becomes that of the box. Numbers written as text are read as numbers. Crowds and
-    objects with ``ignore: 1`` are ignored.
+    objects with ``ignore: 1`` or ``difficult: 1`` are ignored.
 
     Args:
         annotations: the JSON file.
@@ -265,11 +265,14 @@ def _clipped(bbox: Any, image: ImageFile) -> tuple[Bbox | None, str | None]:
 
 def _flags(annotation: dict[str, Any], report: Report) -> tuple[bool, bool] | None:
     """Whether an object is a crowd, and whether it is to be ignored."""
-    crowd, ignored = to_flag(annotation.get("iscrowd")), to_flag(annotation.get("ignore"))
-    for key, flag in (("iscrowd", crowd), ("ignore", ignored)):
+    flags = [to_flag(annotation.get(key)) for key in ("iscrowd", "ignore", "difficult")]
+    for key, flag in zip(("iscrowd", "ignore", "difficult"), flags, strict=True):
         if flag is None:
             report(f"{key} is neither 0 nor 1", shown(annotation[key]))
-    return None if crowd is None or ignored is None else (crowd, ignored)
+    crowd, ignored, difficult = flags
+    if crowd is None or ignored is None or difficult is None:
+        return None
+    return crowd, ignored or difficult
 
 
 def _parse_region(

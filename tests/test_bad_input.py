@@ -235,6 +235,7 @@ def _cases() -> Iterator[Case]:
         ("@/coco", "coco"),
         ("@/binary.yaml", "binary.yaml"),
         ("@/broken.yaml", "broken.yaml"),
+        ("/dev/zero", "device"),
         ("@/list.yaml", "list.yaml"),
         ("@/text.yaml", "text.yaml"),
         ("@/unknown.yaml", "bach_size"),
@@ -269,6 +270,7 @@ def _cases() -> Iterator[Case]:
             ("@/file.txt", "file.txt"),
             ("@/empty.ckpt", "empty.ckpt"),
             ("@/foreign.ckpt", "foreign.ckpt"),
+            (f"@/{own}_nan.ckpt", "NaN or infinity in weight"),
             (f"@/{other}/last.ckpt", other_task),
         ):
             yield from single(tool, f"--checkpoint={file}", words=[word])
@@ -384,6 +386,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run["metrics"] = None
         (place / name).mkdir()
         torch.save(run, place / name / "last.ckpt")
+        model = {"weight": torch.tensor(float("nan"))}
+        torch.save(run | {"model": model}, place / f"{name}_nan.ckpt")
         for kind, odd in ODD_OPTIONS.items():
             (place / f"{name}_{kind}").mkdir()
             torch.save(run | {"config": odd}, place / f"{name}_{kind}/last.ckpt")
@@ -476,3 +480,10 @@ def test_a_mistake_is_one_line_and_changes_nothing(
 def test_the_cases_are_many_and_differ() -> None:
     assert len(CASES) >= 300
     assert len({case.id for case in CASES}) == len(CASES)
+
+
+def test_an_option_nested_too_deeply_is_no_traceback(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train_seg", [f"--data.size={'[' * 3000}"], place) == 2
+    assert capfd.readouterr().err.count("\n") == 1

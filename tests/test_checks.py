@@ -329,3 +329,23 @@ def test_spacings(value: Any) -> None:
     ):
         with pytest.raises(ValueError, match="spacing"):
             call()
+
+
+@pytest.mark.parametrize("name", ["boundary", "cldice", "dice", "lovasz"])
+def test_an_unknown_option_is_refused(name: str) -> None:
+    logits, target = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)
+    with pytest.raises(TypeError, match="ignore_indx"):
+        LOSSES[name].function(logits, target, ignore_indx=0)
+
+
+@pytest.mark.parametrize("option", ["smooth", "ignore_index"])
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_integers_that_no_number_of_torch_holds(option: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        build_loss("dice", **{option: value})
+
+
+def test_distances_that_are_no_tensor() -> None:
+    logits, target = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)
+    with pytest.raises(TypeError, match="distance must be a tensor, not a str"):
+        boundary_loss(logits, target, distance="near")  # type: ignore[arg-type]

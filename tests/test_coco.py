@@ -581,7 +581,7 @@ def test_compressed_runs_are_those_of_pycocotools() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", 0.0, False, None, "false", ""])
-@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+@pytest.mark.parametrize("key", ["iscrowd", "ignore", "difficult"])
 def test_flags_as_text_or_null_are_read(tmp_path: Path, key: str, value: Any) -> None:
     content = tiny()
     content["annotations"][3][key] = value

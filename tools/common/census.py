@@ -92,11 +92,8 @@ def say_pixels(data: Data, part: Part, faulty: Faulty, say: Say) -> None:
     present = [name for name, n in zip(data.classes, counts, strict=False) if n]
     absent = [name for name in data.classes if name not in present]
     if len(present) < 2:
-        found = (
-            f"{part}: the {looked} masks hold no class but {present[0]!r}"
-            if present
-            else (f"{part}: the {looked} masks hold void alone")
-        )
+        alone = f"no class but {present[0]!r}" if present else "void alone"
+        found = f"the {looked} masks hold {alone}"
         if counts[VOID] and absent:
             label = data.classes.index(absent[-1])
             found += f": value {VOID} is void; the class {absent[-1]} ({label}) never occurs; "
@@ -105,7 +102,7 @@ def say_pixels(data: Data, part: Part, faulty: Faulty, say: Say) -> None:
             else:
                 found += "all objects are crowds, to be ignored, or cannot be drawn"
         if part == "train":
-            raise DataError(f"{found}; there is nothing to learn")
+            raise DataError(f"{part}: {found}; there is nothing to learn")
         say(f"{part}: warning: {found}")
         return
     shares = counts / counts.sum()

@@ -160,6 +160,8 @@ def _faults(content: dict[str, Any]) -> Iterator[str]:
     for name, value in content["model"].items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             yield f"{name!r} of 'model' is of the type {type(value).__name__}"
+    if (name := first_not_finite(content["model"])) is not None:
+        yield f"NaN or infinity in {name} of 'model'"
 
 
 def load_state(module: nn.Module | Any, state: Mapping[str, Any], origin: str) -> None:

@@ -20,7 +20,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import restricted_number_type
 
 from detseg_losses import build_loss
-from detseg_losses.integrations.samples import VOID
+from detseg_losses.integrations.samples import VOID, check_regular
 from detseg_losses.spec import SpecError, nearest
 
 Task = Literal["detection", "segmentation"]
@@ -345,7 +345,11 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
-set_loader("yaml", lambda text: yaml.load(text, Loader=_Loader), (yaml.YAMLError, ValueError))
+set_loader(
+    "yaml",
+    lambda text: yaml.load(text, Loader=_Loader),
+    (yaml.YAMLError, ValueError, RecursionError),
+)
 
 
 class _ConfigFile(ActionConfigFile):
@@ -354,9 +358,10 @@ class _ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Take over the options of the file named ``values``."""
         try:
+            check_regular(Path(values))
             content = yaml.load(Path(values).read_text(encoding="utf-8"), Loader=_Loader)
         except OSError as error:
-            fail(f"--config {values}: cannot be read ({error.strerror})")
+            fail(f"--config {values}: cannot be read ({error.strerror or error})")
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             fail(f"--config {values}: is not valid YAML ({error})")
         if not isinstance(content, dict):

@@ -121,7 +121,9 @@ class _Training:
         """Train to the end, or to a signal."""
         if self.config.resume:
             self._resume()
-        self._check_start()
+        elif (name := first_not_finite(self.model.state_dict())) is not None:
+            weights = self.config.model.weights
+            raise UsageError(f"model.weights={weights}: NaN or infinity in {name}")
         with self._progress() as self.bar:
             self._on_first(self._open_files)
             try:
@@ -162,12 +164,6 @@ class _Training:
             self._say(f"{len(self.faults)} faulty images were skipped in training")
 
     # Before the first step
-
-    def _check_start(self) -> None:
-        if (name := first_not_finite(self.model.state_dict())) is not None:
-            weights = f"model.weights={self.config.model.weights}"
-            origin = self.last if self.config.resume else weights
-            raise UsageError(f"{origin}: NaN or infinity in {name}, before any training")
 
     def _resume(self) -> None:
         checkpoint = load_checkpoint(self.last, self.config.task)
@@ -447,7 +443,8 @@ class _Training:
                 "model.weights, and the options of the loss"
             )
         narrow = "take train.precision=bf16-mixed, or " if train.precision == "16-mixed" else ""
-        return f"{narrow}lower train.lr ({train.lr:g}) or train.clip ({train.clip:g})"
+        clip = f"train.clip ({train.clip:g})" if train.clip else "clip gradients with train.clip"
+        return f"{narrow}lower train.lr ({train.lr:g}) or {clip}"
 
     def _kept(self) -> str:
         return f"{self.last} of step {self.saved} is kept"
