@@ -177,4 +177,5 @@ def test_no_function_shadows_a_module() -> None:
         parent = importlib.import_module(package)
         assert name not in getattr(parent, "__all__", ())
         if package != "detseg_losses.integrations":  # they import what may not be there
-            assert getattr(parent, name) is importlib.import_module(found.name)
+            module = importlib.import_module(found.name)
+            assert getattr(parent, name) is module
