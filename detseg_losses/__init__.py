@@ -6,7 +6,6 @@ from .balance import (
 from .base import (
     LOSSES,
     Loss,
-    Ramp,
     class_balanced_weights,
 )
 from .boundary import (
@@ -77,6 +76,9 @@ from .deltas import (
 from .lovasz import (
     LovaszLoss,
     lovasz_loss,
+)
+from .options import (
+    Ramp,
 )
 from .pixels import (
     CrossEntropyLoss,

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checks import OF_A_CALL, check_known, check_options
 from .checks import Reduction as Reduction
 from .checks import check_choice as check_choice
-from .checks import check_options
 from .checks import in_blocks as in_blocks
 from .memory import empty_like
+from .options import Ramp, documentation, parameters, show, with_defaults
 
 Kind = Literal["classification", "boxes", "deltas", "distribution", "segmentation"]
 
@@ -28,68 +28,13 @@ BLOCK = 1 << 19
 FEW = 16
 """Of so many entries one is looked up faster than all are computed."""
 
-Curve = Literal["linear", "cosine"]
-
-
-@dataclass(frozen=True)
-class Ramp:
-    r"""A number that changes in training: the weight of a term, or an option of a loss.
-
-    .. math:: a + (b - a) f\left(\frac{t - t_0}{T}\right), \quad
-        f(x) = x \ \text{or}\ \tfrac{1}{2} (1 - \cos \pi x)
-
-    with x kept between 0 and 1. In a loss string it is written ``ramp(1, 0.01, steps=1000)``. As a
-    weight it lets one loss take over from another, as the boundary loss does from Dice (Kervadec
-    et al., arXiv:1812.07032); as an option it makes a curriculum: with
-    ``focal(gamma=ramp(0, 2, steps=1000))`` every example counts at first, and the hard ones later.
-
-    Args:
-        start: the number a at the beginning.
-        end: the number b at the end, and from then on.
-        steps: how many steps T lie between; :meth:`LossSum.advance` counts them.
-        after: how many steps t0 come before.
-        curve: ``"linear"``, or ``"cosine"``, which sets out and arrives gently.
-
-    Raises:
-        ValueError: on numbers that are not finite, or steps that are not whole numbers.
-    """
-
-    start: float
-    end: float
-    steps: int
-    after: int = 0
-    curve: Curve = "linear"
-
-    def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, not {value!r}")
-        for name, least in (("steps", 1), ("after", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
-        check_choice("curve", self.curve, Curve)
-
-    def at(self, step: int) -> float:
-        """The number in a step, the first of which is 0."""
-        x = min(max(step - self.after, 0) / self.steps, 1.0)
-        if self.curve == "cosine":
-            x = (1 - math.cos(math.pi * x)) / 2
-        return self.start * (1 - x) + self.end * x  # exact at both ends
-
-    def __repr__(self) -> str:
-        after = f", after={self.after}" if self.after else ""
-        curve = f", curve={self.curve!r}" if self.curve != "linear" else ""
-        return f"ramp({self.start!r}, {self.end!r}, steps={self.steps}{after}{curve})"
-
 
 class Loss(nn.Module):
     """A loss function together with its options, as a module.
 
-    A subclass names its ``function``; the keyword options of that function are the options of
-    the module, with the same defaults except ``reduction``, which is ``"mean"``. ``repr(loss)``
-    is a loss string that :func:`detseg_losses.build_loss` reads back.
+    The options are those of the function, with the same defaults except ``reduction``, which is
+    ``"mean"``; :func:`options_of` makes a constructor that says so. ``repr(loss)`` is a loss string
+    that :func:`detseg_losses.build_loss` reads back.
 
     A number among the options may be a :class:`Ramp`; ``step`` then says how far training is. A
     compiled loss is compiled anew for each value of such an option.
@@ -111,19 +56,37 @@ class Loss(nn.Module):
     """Whether an entry is weighed by what the others are, so that only the mean has a scale."""
     extra: ClassVar[tuple[str, ...]] = ()
     """What a call may hold for this loss alone, beside the weights that are for all of a sum."""
+    signature: ClassVar[inspect.Signature]
+    """The options, without the weights of a batch, which come with the call."""
+    defaults: ClassVar[dict[str, Any]]
+    """Every option and its default."""
+    own: ClassVar[list[str]]
+    """The options that are of the function alone; but not ``reduction``."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init_subclass__(cls) -> None:
+        function = getattr(vars(cls).get("__init__"), "function", None)  # of options_of
+        if function:
+            cls.function = staticmethod(function)
+        if not hasattr(cls, "function"):
+            return
+        own = parameters(cls.function)[2:]
+        options = with_defaults(own + (parameters(cls.common) if cls.common else []))
+        for name in (*OF_A_CALL, *cls.extra):
+            options.pop(name, None)
+        options["reduction"] = options["reduction"].replace(default="mean")
+        cls.signature = inspect.Signature([*options.values()])
+        cls.defaults = {name: each.default for name, each in options.items()}
+        cls.own = [each.name for each in own if each.name in options.keys() - {"reduction"}]
+        if function:
+            show(cls.__init__, options.values())
+            cls.__doc__ = documentation(function, options)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
-        # Held, for torch.compile cannot read signatures.
-        self.known = self.defaults()
-        own = [*inspect.signature(self.function).parameters][2:]
-        self.own = [name for name in own if name in self.known and name != "reduction"]
+        check_known(type(self).__name__, options, self.defaults, *self.extra)
+        options = self.signature.bind(*args, **options).arguments
         for option, value in options.items():
-            if option not in self.known:
-                raise TypeError(
-                    f"{self.name} has no option {option!r}; it has {', '.join(sorted(self.known))}"
-                )
-            if isinstance(value, Ramp) and type(self.known[option]) is not float:
+            if isinstance(value, Ramp) and type(self.defaults[option]) is not float:
                 raise TypeError(f"{option!r} of {self.name} cannot be on a ramp, only a number can")
             for each in (value.start, value.end) if isinstance(value, Ramp) else (value,):
                 check_options({option: each}, getattr(type(self).function, "rules", {}))
@@ -136,25 +99,11 @@ class Loss(nn.Module):
         self.ramps = {k: v for k, v in options.items() if isinstance(v, Ramp)}
         self.step = 0
 
-    @classmethod
-    @cache
-    def defaults(cls) -> dict[str, Any]:
-        """Every option and its default; not the weights of a batch, which come with the call."""
-        parameters = list(inspect.signature(cls.function).parameters.values())[2:]
-        if cls.common is not None:
-            parameters += inspect.signature(cls.common).parameters.values()
-        return {
-            parameter.name: parameter.default
-            for parameter in parameters
-            if parameter.default is not parameter.empty
-            and parameter.name not in ("weight", "pixel_weight", *cls.extra)
-        } | {"reduction": "mean"}
-
     @property
     def options(self) -> dict[str, Any]:
         """Every option with its value in this module, and in this step."""
         now = {option: ramp.at(self.step) for option, ramp in self.ramps.items()}
-        return self.known | self.given | now | dict(self.named_buffers(recurse=False))
+        return self.defaults | self.given | now | dict(self.named_buffers(recurse=False))
 
     def forward(self, prediction: Any, target: Tensor | None = None, **call: Any) -> Tensor:
         """The loss; ``call`` holds weights of this batch and may override the options."""
@@ -165,7 +114,7 @@ class Loss(nn.Module):
         for option, value in (self.options | self.ramps).items():
             if isinstance(value, Tensor):
                 arguments.append(f"{option}={value.tolist()}")
-            elif value != self.known[option]:
+            elif value != self.defaults[option]:
                 arguments.append(f"{option}={value!r}")
         return f"{self.name}({', '.join(arguments)})" if arguments else self.name
 
@@ -188,6 +137,27 @@ class FormulaLoss(Loss):
     def evaluate(self, statistics: Any) -> Tensor:
         """The loss of the batch that the statistics are of."""
         raise NotImplementedError
+
+
+Options = ParamSpec("Options")
+
+
+def options_of(
+    function: Callable[Concatenate[Tensor, Tensor, Options], Tensor],
+) -> Callable[[Callable[[Any], None]], Callable[Concatenate[Any, Options], None]]:
+    """Make a class the module form of a function: its constructor takes the function's options,
+    for a type checker, for ``help`` and when it is called.
+    """
+
+    def make(stub: Any) -> Any:
+        @functools.wraps(stub)
+        def __init__(self: Any, *args: Any, **options: Any) -> None:
+            Loss.__init__(self, *args, **options)
+
+        __init__.function = function  # type: ignore[attr-defined]
+        return __init__
+
+    return make
 
 
 LOSSES: dict[str, type[Loss]] = {}

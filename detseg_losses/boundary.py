@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import BLOCK, Loss, divide, register
+from .base import BLOCK, Loss, divide, options_of, register
 from .checks import (
     RULES,
     check_constant,
@@ -192,8 +192,9 @@ def _distance_in_few_steps(mask: Tensor, lengths: Tensor) -> Tensor:
 
 @register("boundary", "segmentation")
 class BoundaryLoss(Loss):
-    """Module form of :func:`boundary_loss`."""
-
-    function = staticmethod(boundary_loss)
     common = staticmethod(_region_loss)
     extra = ("distance",)
+
+    @options_of(boundary_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`boundary_loss`."""

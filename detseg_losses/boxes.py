@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, compute_dtype, reduce, register
+from .base import Loss, compute_dtype, options_of, reduce, register
 from .box_kernel import Kind, box_losses, least, steepest, transformed, wide
 from .checks import POSITIVE, Choice, check_tensors, checked
 
@@ -55,10 +55,10 @@ def iou_loss(
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
         boxes2: target boxes, XYXY, ``(*, 4)``.
-        reduction: see :class:`BoxOptions`.
+        reduction: ``"none"`` for losses ``(*)``, ``"mean"`` or ``"sum"``; float32 or wider.
         eps: added to denominators, as torchvision does; 0 keeps the loss free of scale.
         mode: ``"linear"``, ``"log"`` or ``"square"``.
-        validate: see :class:`BoxOptions`.
+        validate: raise on inverted or non-finite boxes, which makes the device wait.
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
@@ -87,9 +87,9 @@ def generalized_box_iou_loss(
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
         boxes2: target boxes, XYXY, ``(*, 4)``.
-        reduction: see :class:`BoxOptions`.
+        reduction: ``"none"`` for losses ``(*)``, ``"mean"`` or ``"sum"``; float32 or wider.
         eps: added to denominators, as torchvision does; 0 keeps the loss free of scale.
-        validate: see :class:`BoxOptions`.
+        validate: raise on inverted or non-finite boxes, which makes the device wait.
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
@@ -116,9 +116,9 @@ def distance_box_iou_loss(
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
         boxes2: target boxes, XYXY, ``(*, 4)``.
-        reduction: see :class:`BoxOptions`.
+        reduction: ``"none"`` for losses ``(*)``, ``"mean"`` or ``"sum"``; float32 or wider.
         eps: added to denominators, as torchvision does; 0 keeps the loss free of scale.
-        validate: see :class:`BoxOptions`.
+        validate: raise on inverted or non-finite boxes, which makes the device wait.
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
@@ -147,9 +147,9 @@ def complete_box_iou_loss(
     Args:
         boxes1: predicted boxes, XYXY, ``(*, 4)``.
         boxes2: target boxes, XYXY, ``(*, 4)``.
-        reduction: see :class:`BoxOptions`.
+        reduction: ``"none"`` for losses ``(*)``, ``"mean"`` or ``"sum"``; float32 or wider.
         eps: added to denominators, as torchvision does; 0 keeps the loss free of scale.
-        validate: see :class:`BoxOptions`.
+        validate: raise on inverted or non-finite boxes, which makes the device wait.
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
@@ -566,76 +566,76 @@ class BoxLoss(Loss):
 
 @register("iou", "boxes")
 class IoULoss(BoxLoss):
-    """Module form of :func:`iou_loss`."""
-
-    function = staticmethod(iou_loss)
+    @options_of(iou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`iou_loss`."""
 
 
 @register("giou", "boxes")
 class GIoULoss(BoxLoss):
-    """Module form of :func:`generalized_box_iou_loss`."""
-
-    function = staticmethod(generalized_box_iou_loss)
+    @options_of(generalized_box_iou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`generalized_box_iou_loss`."""
 
 
 @register("diou", "boxes")
 class DIoULoss(BoxLoss):
-    """Module form of :func:`distance_box_iou_loss`."""
-
-    function = staticmethod(distance_box_iou_loss)
+    @options_of(distance_box_iou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`distance_box_iou_loss`."""
 
 
 @register("ciou", "boxes")
 class CIoULoss(BoxLoss):
-    """Module form of :func:`complete_box_iou_loss`."""
-
-    function = staticmethod(complete_box_iou_loss)
+    @options_of(complete_box_iou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`complete_box_iou_loss`."""
 
 
 @register("eiou", "boxes")
 class EIoULoss(BoxLoss):
-    """Module form of :func:`eiou_loss`."""
-
-    function = staticmethod(eiou_loss)
+    @options_of(eiou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`eiou_loss`."""
 
 
 @register("focal_eiou", "boxes")
 class FocalEIoULoss(BoxLoss):
-    """Module form of :func:`focal_eiou_loss`."""
-
-    function = staticmethod(focal_eiou_loss)
+    @options_of(focal_eiou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`focal_eiou_loss`."""
 
 
 @register("siou", "boxes")
 class SIoULoss(BoxLoss):
-    """Module form of :func:`siou_loss`."""
-
-    function = staticmethod(siou_loss)
+    @options_of(siou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`siou_loss`."""
 
 
 @register("mpdiou", "boxes")
 class MPDIoULoss(BoxLoss):
-    """Module form of :func:`mpdiou_loss`."""
-
-    function = staticmethod(mpdiou_loss)
+    @options_of(mpdiou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`mpdiou_loss`."""
 
 
 @register("wiou", "boxes")
 class WIoULoss(BoxLoss):
-    """Module form of :func:`wiou_loss`."""
-
-    function = staticmethod(wiou_loss)
+    @options_of(wiou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`wiou_loss`."""
 
 
 @register("alpha_iou", "boxes")
 class AlphaIoULoss(BoxLoss):
-    """Module form of :func:`alpha_iou_loss`."""
-
-    function = staticmethod(alpha_iou_loss)
+    @options_of(alpha_iou_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`alpha_iou_loss`."""
 
 
 @register("nwd", "boxes")
 class NWDLoss(BoxLoss):
-    """Module form of :func:`nwd_loss`."""
-
-    function = staticmethod(nwd_loss)
+    @options_of(nwd_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`nwd_loss`."""

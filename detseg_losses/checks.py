@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args
@@ -243,6 +243,31 @@ def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule]) -> None
     for option, value in options.items():
         if option in rules:
             rules[option](option, value)
+
+
+OF_A_CALL = ("weight", "pixel_weight")
+"""What comes with a batch, and so is no option of a module."""
+
+
+def check_known(owner: str, options: Iterable[str], known: Iterable[str], *extra: str) -> None:
+    """Raise a TypeError on the first option that a constructor does not have."""
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known)
+            if option in (*OF_A_CALL, *extra):
+                hint = f"; it belongs to a batch: loss(..., {option}=...)"
+            raise TypeError(f"{owner}() has no option {option!r}{hint}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest one, or all that there are."""
+    import difflib  # takes longer than the rest of this file, and is for mistakes only
+
+    by_lower = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {by_lower[close[0]]!r}?"
+    return f"; there are {', '.join(sorted(by_lower.values()))}"
 
 
 # Tensors

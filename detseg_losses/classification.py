@@ -36,6 +36,7 @@ from .base import (
     blocks,
     divide,
     mean_of_sums,
+    options_of,
     processes,
     register,
     world_sum,
@@ -593,58 +594,65 @@ class SigmoidLoss(FormulaLoss):
 
 @register("focal", "classification", "segmentation")
 class SigmoidFocalLoss(SigmoidLoss):
-    """Module form of :func:`sigmoid_focal_loss`."""
-
-    function = staticmethod(sigmoid_focal_loss)
     formula = Focal
+
+    @options_of(sigmoid_focal_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`sigmoid_focal_loss`."""
 
 
 @register("bce", "classification", "segmentation")
 class BCELoss(SigmoidLoss):
-    """Module form of :func:`binary_cross_entropy_loss`."""
-
-    function = staticmethod(binary_cross_entropy_loss)
     formula = CrossEntropy
+
+    @options_of(binary_cross_entropy_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`binary_cross_entropy_loss`."""
 
 
 @register("quality_focal", "classification", "segmentation")
 class QualityFocalLoss(SigmoidLoss):
-    """Module form of :func:`quality_focal_loss`."""
-
-    function = staticmethod(quality_focal_loss)
     formula = QualityFocal
+
+    @options_of(quality_focal_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`quality_focal_loss`."""
 
 
 @register("varifocal", "classification", "segmentation")
 class VarifocalLoss(SigmoidLoss):
-    """Module form of :func:`varifocal_loss`."""
-
-    function = staticmethod(varifocal_loss)
     formula = Varifocal
+
+    @options_of(varifocal_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`varifocal_loss`."""
 
 
 @register("asymmetric", "classification", "segmentation")
 class AsymmetricLoss(SigmoidLoss):
-    """Module form of :func:`asymmetric_loss`."""
-
-    function = staticmethod(asymmetric_loss)
     formula = Asymmetric
+
+    @options_of(asymmetric_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`asymmetric_loss`."""
 
 
 @register("poly_focal", "classification", "segmentation")
 class PolyFocalLoss(SigmoidLoss):
-    """Module form of :func:`poly_focal_loss`."""
-
-    function = staticmethod(poly_focal_loss)
     formula = PolyFocal
+
+    @options_of(poly_focal_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`poly_focal_loss`."""
 
 
 @register("ghm", "classification", "segmentation")
 class GHMLoss(SigmoidLoss):
-    """Module form of :func:`ghm_loss`."""
-
-    function = staticmethod(ghm_loss)
     of_batch = True
+
+    @options_of(ghm_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`ghm_loss`."""
 
     def made(self) -> Formula:
         return Harmonised(self.options["bins"], self.options["sync"])

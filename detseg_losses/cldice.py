@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import WHOLE, Loss, divide, register
+from .base import WHOLE, Loss, divide, options_of, register
 from .checks import checked
 from .layout import Part
 from .regions import RegionOptions, Regions, _region_loss, region_batch
@@ -32,7 +32,7 @@ def cldice_loss(
 
     where S is a soft skeleton: what is left of the mask after each of some erosions and would be
     lost in the next opening. For vessels, roads and cracks, where a gap costs more than a width:
-    ``0.5*dice + 0.5*cldice`` is the paper's loss.
+    ``0.5*dice + 0.5*cldice`` is the paper's loss. What is ignored is of no class in both skeletons.
 
     Args:
         logits: raw scores, ``(B, C, *)``, in one, two or three dimensions.
@@ -40,8 +40,7 @@ def cldice_loss(
         iterations: how many erosions; no less than the largest radius of what is to be found, in
             pixels.
         smooth: the s added to both.
-        **options: see :class:`~detseg_losses.regions.RegionOptions`. What is left out is of no
-            class in both skeletons.
+        **options: see :class:`~detseg_losses.regions.RegionOptions`.
 
     Raises:
         ValueError: on iterations below 0, shapes that do not fit, a mode that cannot be told, or a
@@ -104,7 +103,8 @@ def _widened(mask: Tensor, dim: int) -> Tensor:
 
 @register("cldice", "segmentation")
 class CLDiceLoss(Loss):
-    """Module form of :func:`cldice_loss`."""
-
-    function = staticmethod(cldice_loss)
     common = staticmethod(_region_loss)
+
+    @options_of(cldice_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`cldice_loss`."""

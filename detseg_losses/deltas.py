@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Loss, compute_dtype, reduce, register
+from .base import Loss, compute_dtype, options_of, reduce, register
 from .checks import POSITIVE, check_tensors, checked
 
 
@@ -212,48 +212,48 @@ def _difference(inputs: Tensor, targets: Tensor) -> Tensor:
 
 @register("l1", "deltas")
 class L1Loss(Loss):
-    """Module form of :func:`l1_loss`."""
-
-    function = staticmethod(l1_loss)
+    @options_of(l1_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`l1_loss`."""
 
 
 @register("smooth_l1", "deltas")
 class SmoothL1Loss(Loss):
-    """Module form of :func:`smooth_l1_loss`."""
-
-    function = staticmethod(smooth_l1_loss)
+    @options_of(smooth_l1_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`smooth_l1_loss`."""
 
 
 @register("mse", "deltas")
 class MSELoss(Loss):
-    """Module form of :func:`mse_loss`."""
-
-    function = staticmethod(mse_loss)
+    @options_of(mse_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`mse_loss`."""
 
 
 @register("huber", "deltas")
 class HuberLoss(Loss):
-    """Module form of :func:`huber_loss`."""
-
-    function = staticmethod(huber_loss)
+    @options_of(huber_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`huber_loss`."""
 
 
 @register("balanced_l1", "deltas")
 class BalancedL1Loss(Loss):
-    """Module form of :func:`balanced_l1_loss`."""
-
-    function = staticmethod(balanced_l1_loss)
+    @options_of(balanced_l1_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`balanced_l1_loss`."""
 
 
 @register("log_cosh", "deltas")
 class LogCoshLoss(Loss):
-    """Module form of :func:`log_cosh_loss`."""
-
-    function = staticmethod(log_cosh_loss)
+    @options_of(log_cosh_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`log_cosh_loss`."""
 
 
 @register("dfl", "distribution")
 class DistributionFocalLoss(Loss):
-    """Module form of :func:`distribution_focal_loss`."""
-
-    function = staticmethod(distribution_focal_loss)
+    @options_of(distribution_focal_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`distribution_focal_loss`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._engine.sigmoid import Formula, Label, Wants, sigmoid_statistics
-from .base import WHOLE, Loss, divide, gather, register
+from .base import WHOLE, Loss, divide, gather, options_of, register
 from .checks import checked
 from .layout import Batch, Part
 from .regions import RegionOptions, Regions, _region_loss, region_batch
@@ -35,14 +35,14 @@ def lovasz_loss(
     where :math:`\pi` sorts the errors m from large to small, and J is the Jaccard loss when the
     pixels of a set, and no others, are wrong. The errors are :math:`|y - p|` of a softmax over
     classes (Lovász-Softmax), and :math:`\max(0, 1 - x (2 y - 1))` of binary and multilabel logits
-    (Lovász hinge). For the last points of mean IoU, after or beside a pixel loss.
+    (Lovász hinge). For the last points of mean IoU, after or beside a pixel loss. The Jaccard index
+    of ``pixel_weight`` counts each pixel as often as its weight says. With ``sync``, and without
+    ``per_image``, each process sorts the errors of all.
 
     Args:
         logits: raw scores, ``(B, C, *)``.
         target: class indices ``(B, *)``, or values of the logits' shape, which are rounded.
-        **options: see :class:`~detseg_losses.regions.RegionOptions`. The Jaccard index of
-            ``pixel_weight`` counts each pixel as often as its weight says. With ``sync``, and
-            without ``per_image``, each process sorts the errors of all.
+        **options: see :class:`~detseg_losses.regions.RegionOptions`.
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
@@ -115,7 +115,8 @@ def jaccard_slopes(errors: Tensor, hits: Tensor, misses: Tensor) -> Tensor:
 
 @register("lovasz", "segmentation")
 class LovaszLoss(Loss):
-    """Module form of :func:`lovasz_loss`."""
-
-    function = staticmethod(lovasz_loss)
     common = staticmethod(_region_loss)
+
+    @options_of(lovasz_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`lovasz_loss`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import FormulaLoss, as_weights, gather, mean_of_sums, processes, register
+from .base import FormulaLoss, as_weights, gather, mean_of_sums, options_of, processes, register
 from .checks import FACTORS, Mode, checked
 from .layout import Batch, segmentation_batch
 from .statistics import Need, Statistics, measure
@@ -179,7 +179,9 @@ def ohem_cross_entropy_loss(
 
     where :math:`p_{(k)}` is the k-th smallest :math:`p_t` of the batch (with ``per_image`` of the
     image), k being the ``fraction`` of all its pixels. Those left out come last and never count.
-    With ``sync`` the batch is that of all processes.
+    With ``sync`` the batch is that of all processes. Pixels are chosen by likelihood (with
+    probabilities for a target by cross entropy, class weights included); class and pixel weights
+    act on those that are kept. A mean is over those, a map is 0 elsewhere.
 
     Args:
         logits: raw scores, ``(B, C, *)`` or ``(N, C)``.
@@ -187,9 +189,7 @@ def ohem_cross_entropy_loss(
         fraction: the share of the pixels that is kept at least.
         thresh: the likelihood up to which a pixel is kept, too, however many there are. None: the
             hardest ``fraction`` alone, the top-k cross entropy.
-        **options: see :class:`PixelOptions`. Pixels are chosen by likelihood (with probabilities
-            for a target by cross entropy, class weights included); class and pixel weights act on
-            those that are kept. A mean is over those, a map is 0 elsewhere.
+        **options: see :class:`PixelOptions`.
 
     Raises:
         ValueError: on a fraction or threshold outside of (0, 1], a single channel (use ``bce``),
@@ -473,39 +473,44 @@ class PixelLoss(FormulaLoss):
 
 @register("ce", "segmentation")
 class CrossEntropyLoss(PixelLoss):
-    """Module form of :func:`cross_entropy_loss`."""
-
-    function = staticmethod(cross_entropy_loss)
     formula = CrossEntropy
+
+    @options_of(cross_entropy_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`cross_entropy_loss`."""
 
 
 @register("softmax_focal", "segmentation")
 class SoftmaxFocalLoss(PixelLoss):
-    """Module form of :func:`softmax_focal_loss`."""
-
-    function = staticmethod(softmax_focal_loss)
     formula = Focal
+
+    @options_of(softmax_focal_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`softmax_focal_loss`."""
 
 
 @register("poly", "segmentation")
 class PolyCrossEntropyLoss(PixelLoss):
-    """Module form of :func:`poly_cross_entropy_loss`."""
-
-    function = staticmethod(poly_cross_entropy_loss)
     formula = Poly
+
+    @options_of(poly_cross_entropy_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`poly_cross_entropy_loss`."""
 
 
 @register("symmetric_ce", "segmentation")
 class SymmetricCrossEntropyLoss(PixelLoss):
-    """Module form of :func:`symmetric_cross_entropy_loss`."""
-
-    function = staticmethod(symmetric_cross_entropy_loss)
     formula = Symmetric
+
+    @options_of(symmetric_cross_entropy_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`symmetric_cross_entropy_loss`."""
 
 
 @register("ohem", "segmentation")
 class OHEMCrossEntropyLoss(PixelLoss):
-    """Module form of :func:`ohem_cross_entropy_loss`."""
-
-    function = staticmethod(ohem_cross_entropy_loss)
     formula = OHEM
+
+    @options_of(ohem_cross_entropy_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`ohem_cross_entropy_loss`."""

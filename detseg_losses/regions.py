@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._engine.regions import Numbers, tversky_losses
-from .base import FormulaLoss, divide, lazy, processes, register, world_sum
+from .base import FormulaLoss, divide, lazy, options_of, processes, register, world_sum
 from .checks import POSITIVE, Absent, Mode, checked
 from .layout import Batch, segmentation_batch
 from .statistics import Need, Statistics, ground_truth, measure
@@ -566,7 +566,7 @@ def _region_loss(
     ignore_index: int | None = None,
     class_weights: Tensor | Sequence[float] | None = None,
     per_image: bool = False,
-    absent: str = "skip",
+    absent: Absent = "skip",
     reduction: str = "mean",
     sync: bool = False,
     validate: bool = False,
@@ -612,71 +612,80 @@ class RegionLoss(FormulaLoss):
 
 @register("dice", "segmentation")
 class DiceLoss(RegionLoss):
-    """Module form of :func:`dice_loss`."""
-
-    function = staticmethod(dice_loss)
     formula = staticmethod(dice)
+
+    @options_of(dice_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`dice_loss`."""
 
 
 @register("jaccard", "segmentation")
 class JaccardLoss(RegionLoss):
-    """Module form of :func:`jaccard_loss`."""
-
-    function = staticmethod(jaccard_loss)
     formula = staticmethod(jaccard)
+
+    @options_of(jaccard_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`jaccard_loss`."""
 
 
 @register("tversky", "segmentation")
 class TverskyLoss(RegionLoss):
-    """Module form of :func:`tversky_loss`."""
-
-    function = staticmethod(tversky_loss)
     formula = Tversky
+
+    @options_of(tversky_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`tversky_loss`."""
 
 
 @register("focal_tversky", "segmentation")
 class FocalTverskyLoss(RegionLoss):
-    """Module form of :func:`focal_tversky_loss`."""
-
-    function = staticmethod(focal_tversky_loss)
     formula = FocalTversky
+
+    @options_of(focal_tversky_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`focal_tversky_loss`."""
 
 
 @register("squared_dice", "segmentation")
 class SquaredDiceLoss(RegionLoss):
-    """Module form of :func:`squared_dice_loss`."""
-
-    function = staticmethod(squared_dice_loss)
     formula = SquaredDice
+
+    @options_of(squared_dice_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`squared_dice_loss`."""
 
 
 @register("generalised_dice", "segmentation")
 class GeneralisedDiceLoss(RegionLoss):
-    """Module form of :func:`generalised_dice_loss`."""
-
-    function = staticmethod(generalised_dice_loss)
     formula = GeneralisedDice
+
+    @options_of(generalised_dice_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`generalised_dice_loss`."""
 
 
 @register("log_cosh_dice", "segmentation")
 class LogCoshDiceLoss(RegionLoss):
-    """Module form of :func:`log_cosh_dice_loss`."""
-
-    function = staticmethod(log_cosh_dice_loss)
     formula = LogCoshDice
+
+    @options_of(log_cosh_dice_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`log_cosh_dice_loss`."""
 
 
 @register("f1", "segmentation")
 class F1Loss(RegionLoss):
-    """Module form of :func:`f1_loss`."""
-
-    function = staticmethod(f1_loss)
     formula = staticmethod(f_measure)
+
+    @options_of(f1_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`f1_loss`."""
 
 
 @register("mcc", "segmentation")
 class MCCLoss(RegionLoss):
-    """Module form of :func:`mcc_loss`."""
-
-    function = staticmethod(mcc_loss)
     formula = MCC
+
+    @options_of(mcc_loss)
+    def __init__(self) -> None:
+        """Module form of :func:`mcc_loss`."""

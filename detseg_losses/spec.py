@@ -9,14 +9,19 @@ import operator
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from .base import LOSSES, Kind, Loss, Ramp, check_choice
-from .checks import shown
+from .base import LOSSES, Kind, Loss, check_choice
+from .checks import check_known, nearest, shown
+from .classification import BCELoss, ClassificationOptions
+from .options import Ramp, parameters, show, unpacked, with_defaults
+from .pixels import CrossEntropyLoss, PixelOptions, SoftmaxFocalLoss
+from .regions import DiceLoss, FocalTverskyLoss, RegionOptions
 from .shared import together
 
 Weight = float | Ramp | Literal["learned"]
@@ -418,7 +423,7 @@ def _make(
     cls = (LOSSES | SUMS)[name]
     if kind is not None:
         _check_kind(cls, name, kind)
-    known = cls.defaults()
+    known = cls.defaults
     for option, value in term.options.items():
         if option not in known:
             message = f"{name} has no option {_short(option)}{nearest(option, known)}"
@@ -433,7 +438,7 @@ def _make(
         for _, loss in terms:
             for step in (*(ramp.after + ramp.steps for ramp in loss.ramps.values()), 0):
                 loss.step = step
-                sync = {"sync": False} if "sync" in loss.known else {}
+                sync = {"sync": False} if "sync" in loss.defaults else {}
                 loss(*_smallest_input(loss), **sync)
     except Exception as error:  # the input is sound, so whatever goes wrong is due to an option
         reason = str(error).partition("\n")[0]
@@ -451,17 +456,6 @@ def _smallest_input(loss: Loss) -> tuple[Tensor, Tensor]:
     classes = max((weights.numel() for weights in loss.buffers()), default=2)
     logits = torch.zeros(1, 1 if mode == "binary" else classes)
     return logits, torch.zeros_like(logits) if mode == "multilabel" else torch.zeros(1).long()
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest one, or all that there are."""
-    import difflib  # takes longer than the rest of this file, and is for mistakes only
-
-    by_lower = {choice.lower(): choice for choice in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {by_lower[close[0]]!r}?"
-    return f"; there are {', '.join(sorted(by_lower.values()))}"
 
 
 def _meant(name: str, kind: Kind | None) -> str:
@@ -789,29 +783,28 @@ class NamedSum(LossSum):
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("segmentation",)
-    parts: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[type[Loss], ...]]
+    defaults: ClassVar[dict[str, Any]]
+    """Every option and its default."""
 
-    def __init__(
-        self, terms: Sequence[tuple[Weight, dict[str, Any]]], options: dict[str, Any]
-    ) -> None:
-        known: list[set[str]] = [
-            LOSSES[name].defaults().keys() - own.keys()
-            for name, (_, own) in zip(self.parts, terms, strict=True)
-        ]
-        known[-1] |= options.keys() - set.union(*known)  # which raises
+    def __init_subclass__(cls) -> None:
+        own = parameters(cls.__init__)[1:]
+        typed = unpacked(own)
+        if typed is None:
+            return  # a class that makes one of these in its own way
+        found = [each for part in cls.parts for each in part.signature.parameters.values()]
+        known = [each for each in found if each.name in typed.__annotations__]
+        options = with_defaults(own + [each.replace(kind=each.KEYWORD_ONLY) for each in known])
+        cls.defaults = {name: each.default for name, each in options.items()}
+        show(cls.__init__, options.values())
+
+    def __init__(self, terms: Sequence[tuple[Weight, dict[str, Any]]], options: Any) -> None:
+        check_known(type(self).__name__, options, self.defaults)
         losses: list[tuple[Weight, Loss]] = [
-            (weight, LOSSES[name](**own, **{k: v for k, v in options.items() if k in has}))
-            for name, (weight, own), has in zip(self.parts, terms, known, strict=True)
+            (weight, part(**{k: v for k, v in options.items() if k in part.defaults} | own))
+            for part, (weight, own) in zip(self.parts, terms, strict=True)
         ]
         super().__init__(losses, "segmentation")
-
-    @classmethod
-    @functools.cache
-    def defaults(cls) -> dict[str, Any]:
-        """Every option and its default."""
-        own = list(inspect.signature(cls).parameters.values())[:-1]
-        parts = [LOSSES[name].defaults() for name in cls.parts]
-        return {k: v for part in parts for k, v in part.items()} | {p.name: p.default for p in own}
 
     def scaled(self, weight: Weight) -> list[tuple[Weight, Loss]]:
         """Its terms with their part of a weight."""
@@ -819,6 +812,13 @@ class NamedSum(LossSum):
         if len(numbers) <= len(self.weights):
             raise ValueError("a sum has a number for a weight")
         return [(numbers[0] * n, loss) for n, loss in zip(numbers[1:], self.terms, strict=True)]
+
+
+class CEDiceOptions(PixelOptions, RegionOptions, total=False):
+    """What :class:`CEDiceLoss` passes on."""
+
+    label_smoothing: float
+    smooth: float
 
 
 class CEDiceLoss(NamedSum):
@@ -833,10 +833,21 @@ class CEDiceLoss(NamedSum):
         TypeError: on an option that neither loss has.
     """
 
-    parts = ("ce", "dice")
+    parts = (CrossEntropyLoss, DiceLoss)
 
-    def __init__(self, ce_weight: Weight = 1.0, dice_weight: Weight = 1.0, **options: Any) -> None:
+    def __init__(
+        self,
+        ce_weight: Weight = 1.0,
+        dice_weight: Weight = 1.0,
+        **options: Unpack[CEDiceOptions],
+    ) -> None:
         super().__init__([(ce_weight, {}), (dice_weight, {})], options)
+
+
+class ComboOptions(ClassificationOptions, RegionOptions, total=False):
+    """What :class:`ComboLoss` passes on."""
+
+    smooth: float
 
 
 class ComboLoss(NamedSum):
@@ -860,15 +871,24 @@ class ComboLoss(NamedSum):
         TypeError: on an option that neither loss has.
     """
 
-    parts = ("bce", "dice")
+    parts = (BCELoss, DiceLoss)
 
-    def __init__(self, alpha: float = 0.5, beta: float = 0.5, **options: Any) -> None:
+    def __init__(
+        self, alpha: float = 0.5, beta: float = 0.5, **options: Unpack[ComboOptions]
+    ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1]: {alpha}")
         if not 0 < beta < 1:
             raise ValueError(f"beta must be between 0 and 1: {beta}")
         bce = {"pos_weight": beta / (1 - beta)}
         super().__init__([(alpha * (1 - beta), bce), (1 - alpha, {})], options)
+
+
+class UnifiedFocalOptions(PixelOptions, RegionOptions, total=False):
+    """What :class:`UnifiedFocalLoss` passes on."""
+
+    alpha: Tensor | Sequence[float] | float
+    smooth: float
 
 
 class UnifiedFocalLoss(NamedSum):
@@ -893,10 +913,14 @@ class UnifiedFocalLoss(NamedSum):
         TypeError: on an option that neither loss has.
     """
 
-    parts = ("softmax_focal", "focal_tversky")
+    parts = (SoftmaxFocalLoss, FocalTverskyLoss)
 
     def __init__(
-        self, weight: float = 0.5, delta: float = 0.6, gamma: float = 0.5, **options: Any
+        self,
+        weight: float = 0.5,
+        delta: float = 0.6,
+        gamma: float = 0.5,
+        **options: Unpack[UnifiedFocalOptions],
     ) -> None:
         for name, value in (("weight", weight), ("delta", delta)):
             if not 0 <= value <= 1:

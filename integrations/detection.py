@@ -170,7 +170,7 @@ def softmax_terms(loss: LossSum, owner: str) -> LossSum:
 def _counterpart(term: Loss, owner: str) -> Loss:
     name = COUNTERPARTS[term.name]
     options = term.given | dict(term.named_buffers(recurse=False))
-    known = LOSSES[name].defaults().keys() - {"alpha"}  # of a sigmoid it weighs positives alone
+    known = LOSSES[name].defaults.keys() - {"alpha"}  # of a sigmoid it weighs positives alone
     if unknown := options.keys() - known:
         raise SpecError(
             f"the classes of {owner} exclude each other: {term.name!r} would be {name!r}, for "

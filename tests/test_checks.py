@@ -16,20 +16,20 @@ from test_contract import CASES, DENSE, SEGMENTATION, make, sample, value_and_gr
 NUMBERS = [
     (name, option)
     for name, cls in LOSSES.items()
-    for option, value in cls.defaults().items()
+    for option, value in cls.defaults.items()
     if isinstance(value, (int, float)) and not isinstance(value, bool)
 ]
 FLAGS = [
     (name, option)
     for name, cls in LOSSES.items()
-    for option, value in cls.defaults().items()
+    for option, value in cls.defaults.items()
     if isinstance(value, bool)
 ]
 WEIGHTS = [
     (name, option)
     for name, cls in LOSSES.items()
     for option in ("class_weights", "pos_weight", "alpha")
-    if option in cls.defaults() and (option != "alpha" or "focal" in name)
+    if option in cls.defaults and (option != "alpha" or "focal" in name)
     if (name, option) not in [("focal_tversky", "alpha"), ("varifocal", "alpha")]
 ]
 SIGMOIDS = [name for name in SEGMENTATION if "classification" in LOSSES[name].kinds]

@@ -32,7 +32,7 @@ def of_every_loss() -> list[str]:
     found = []
     for name, cls in LOSSES.items():
         mode = "mode='multiclass', " if "classification" in cls.kinds else ""
-        if "sync" in cls.defaults():
+        if "sync" in cls.defaults:
             found += [f"{name}({mode}per_image={per_image})" for per_image in (False, True)]
     return found
 
