@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from common.bench_inputs import (
 )
 from common.bench_rows import CLASSES, ROWS, head_inputs, loss_of_head
 from common.bench_tables import BEGIN, END, markdown
-from common.benchmark import Memory, Step, compare, counted, kept_bytes, peak_bytes
+from common.benchmark import Load, Memory, Step, compare, counted, kept_bytes, peak_bytes
 from detseg_losses import build_loss
 
 TOOL = Path(__file__).parent.parent / "tools" / "bench_losses.py"
@@ -69,6 +70,29 @@ def test_compiling_is_not_timed() -> None:
 
     times, _ = compare({"ours": slow_at_first, "peer": lambda: time.sleep(0.001)}, 3, CPU)
     assert times["ours"] < 100
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="the system does not say")
+def test_the_load_of_others_is_told_from_ones_own() -> None:
+    def busy(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    load = Load()
+    busy(0.5)
+    alone = load.of_others()
+    load = Load()
+    code = "import time; t = time.perf_counter() + 3\nwhile time.perf_counter() < t: pass"
+    other = subprocess.Popen([sys.executable, "-c", code])
+    time.sleep(1)
+    beside = load.of_others()
+    other.kill()
+    other.wait()
+    assert alone is not None
+    assert beside is not None
+    assert 0 <= alone <= 1
+    assert 0.3 / os.cpu_count() < beside <= 1
 
 
 PLAIN = {
@@ -200,7 +224,10 @@ def test_sizes_are_drawn(
     monkeypatch.setattr(bench_sizes, "SIZES", [100, 1000, 10**6])
     monkeypatch.setattr(bench_sizes, "free_bytes", lambda device: 10**6)
     picture = tmp_path / f"sizes.{suffix}"
-    run("--rounds=3", "--device=cpu", f"--sizes={picture}")
+    run("--rounds=3", "--device=cpu", f"--sizes={picture}", f"--output={tmp_path}")
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [r["elements"] for r in results] == [[100, 1000]] * 4
+    assert all(len(v) == 2 for r in results for v in r["nanoseconds"].values())
     assert picture.stat().st_size > 5000
     assert "1e+06 elements are left off" in capsys.readouterr().out
 

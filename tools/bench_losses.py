@@ -17,7 +17,7 @@ from typing import Any
 from common.bench_rows import ROWS, Race, Size, loss_rows
 from common.bench_sizes import measure_sizes
 from common.bench_tables import check_markers, line, markdown, summary, write_between
-from common.benchmark import Step, Work, can_compile, compare, counted
+from common.benchmark import Load, Step, Work, can_compile, compare, counted
 from common.config import parse
 from common.errors import UsageError, usage_errors
 from common.report import plot_ratios, plot_sizes
@@ -43,7 +43,7 @@ class BenchmarkConfig:
         device: cpu or cuda; by default a GPU where there is one.
         sizes: Instead of the rows, measure four losses on 1e2 to 1e8 elements and draw this
             picture, .svg or .png.
-        output: Folder for results.json and ratios.png.
+        output: Folder for results.json, and of the rows ratios.png.
         write: Text file, such as BENCHMARKS.md, between whose two markers all tables go.
     """
 
@@ -62,33 +62,20 @@ class BenchmarkConfig:
 def main() -> None:
     """Run the tool."""
     config = parse(BenchmarkConfig, __doc__)
-    unknown = [name for name in config.rows or [] if name not in ROWS]
-    if unknown:
-        raise UsageError(f"there are no rows {unknown[0]!r}; there are {', '.join(ROWS)}")
-    if config.loss is not None and config.rows is not None:
-        raise UsageError("--loss stands in for the rows: give one of --loss and --rows")
-    if config.shape is not None and config.loss is None:
-        raise UsageError("--shape is that of --loss, which is missing")
-    if config.rounds < 3:
-        raise UsageError("--rounds must be at least 3: quartiles need them")
-    if config.sizes is not None and (config.rows or config.loss or config.output or config.write):
-        raise UsageError("--sizes draws one picture: it takes no rows, loss, output or write")
-    if config.sizes is not None and Path(config.sizes).suffix not in (".svg", ".png"):
-        raise UsageError(f"--sizes {config.sizes} must end in .svg or .png")
-    if config.write is not None and (config.rows or config.loss):
-        raise UsageError("--write takes all rows: leave out --rows and --loss")
-    if config.write is not None:
-        check_markers(Path(config.write))
+    _check(config)
     torch.set_num_threads(config.threads)
     device = _device(config.device)
     machine = _machine(device, config.threads)
-    print(machine)
-
+    print(machine, flush=True)
+    load = Load()
     if not can_compile(device):
         print("there is no C++ compiler: nothing is compiled")
     if config.sizes is not None:
-        plot_sizes(measure_sizes(config.rounds, device), machine, Path(config.sizes))
+        sizes = measure_sizes(config.rounds, device)
+        machine += _told(load)
+        plot_sizes(sizes, machine, Path(config.sizes))
         print(f"picture: {config.sizes}")
+        _keep(config, machine, sizes)
         return
     results = []
     sources = (
@@ -101,16 +88,47 @@ def main() -> None:
             result = _measure(entry, config.rounds, device)
             results.append(result)
             print(line(result), flush=True)
-    print(summary(results), end="")
+    machine += _told(load)
+    print(f"{summary(results)}{machine}")
+    _keep(config, machine, results)
     if config.output is not None:
-        output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        report = {"machine": machine, "rounds": config.rounds, "results": results}
-        (output / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        plot_ratios([result for result in results if "ratios" in result], output / "ratios.png")
-        print(f"results: {output}")
+        races = [result for result in results if "ratios" in result]
+        plot_ratios(races, Path(config.output, "ratios.png"))
     if config.write is not None:
         write_between(Path(config.write), f"{machine}.\n\n{markdown(results)}")
+
+
+def _keep(config: BenchmarkConfig, machine: str, results: list[dict[str, Any]]) -> None:
+    """Write results.json, where it is wanted."""
+    if config.output is None:
+        return
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine, "rounds": config.rounds, "results": results}
+    (output / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"results: {output}")
+
+
+def _check(config: BenchmarkConfig) -> None:
+    unknown = [name for name in config.rows or [] if name not in ROWS]
+    if unknown:
+        raise UsageError(f"there are no rows {unknown[0]!r}; there are {', '.join(ROWS)}")
+    if config.loss is not None and config.rows is not None:
+        raise UsageError("--loss stands in for the rows: give one of --loss and --rows")
+    if config.shape is not None and config.loss is None:
+        raise UsageError("--shape is that of --loss, which is missing")
+    if config.rounds < 3:
+        raise UsageError("--rounds must be at least 3: quartiles need them")
+    if config.sizes is not None and (config.rows or config.loss or config.write):
+        raise UsageError("--sizes has losses of its own: leave out --rows, --loss and --write")
+    if config.sizes is not None and Path(config.sizes).suffix not in (".svg", ".png"):
+        raise UsageError(f"--sizes {config.sizes} must end in .svg or .png")
+    if config.sizes is not None and not Path(config.sizes).parent.is_dir():
+        raise UsageError(f"--sizes {config.sizes} is in a folder that does not exist")
+    if config.write is not None and (config.rows or config.loss):
+        raise UsageError("--write takes all rows: leave out --rows and --loss")
+    if config.write is not None:
+        check_markers(Path(config.write))
 
 
 def _device(name: str) -> torch.device:
@@ -132,6 +150,12 @@ def _machine(device: torch.device, threads: int) -> str:
         name = names[0] if names else platform.machine()
         processor = f"{name} ({capability}), {threads} threads"
     return f"torch {torch.__version__}, {processor}"
+
+
+def _told(load: Load) -> str:
+    """How much the machine had to do beside."""
+    share = load.of_others()
+    return "" if share is None else f"; other processes took {share:.0%} of the processors"
 
 
 def _measure(entry: Race | Size, rounds: int, device: torch.device) -> dict[str, Any]:

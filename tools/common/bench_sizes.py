@@ -83,18 +83,21 @@ def measure_sizes(rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """Measure all of them and say how far it is.
 
     Returns:
-        Of each loss ``loss``, ``peer``, ``elements`` and, of ours, the peer's, the plain and the
-        compiled one, the ``nanoseconds`` for each element.
+        Of each loss ``loss``, ``peer``, ``elements``, ``left_off`` (numbers of elements for which
+        the memory is not enough) and, of ours, the peer's, the plain and the compiled one, the
+        ``nanoseconds`` for each element.
     """
     results = []
     for contest in _contests():
         elements: list[int] = []
         nanoseconds: dict[str, list[float]] = {}
+        left_off: list[int] = []
         for size in SIZES:
             free = free_bytes(device)
             if free is not None and free < size * 4 * NEEDED:
                 print(f"{contest.loss}: {size:.0e} elements are left off, for want of memory")
-                break
+                left_off.append(size)
+                continue
             inputs = contest.inputs(device, size)
             ours, peer, formula = contest.losses
             works: dict[str, Work] = {
@@ -117,6 +120,7 @@ def measure_sizes(rounds: int, device: torch.device) -> list[dict[str, Any]]:
                 "loss": contest.loss,
                 "peer": contest.peer,
                 "elements": elements,
+                "left_off": left_off,
                 "nanoseconds": nanoseconds,
             }
         )

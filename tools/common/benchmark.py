@@ -183,6 +183,32 @@ def counted(step: Step, *, anywhere: bool) -> dict[str, float] | None:
     return None
 
 
+class Load:
+    """How busy other processes keep the processors, which makes times worthless."""
+
+    def __init__(self) -> None:
+        self._start = self._ticks()
+
+    def of_others(self) -> float | None:
+        """Their share of all processors since this was made; None where the system does not say."""
+        now = self._ticks()
+        if now is None or self._start is None:
+            return None
+        others, everything = (now[index] - self._start[index] for index in range(2))
+        return max(0.0, others / everything) if everything else 0.0
+
+    @staticmethod
+    def _ticks() -> tuple[float, float] | None:
+        """Of other processes, and with those of this one and of rest."""
+        info = Path("/proc/stat")
+        if not info.is_file():
+            return None
+        ticks = [int(word) for word in info.read_text().split(maxsplit=9)[1:9]]
+        rest = ticks[3] + ticks[4]  # idle, and waiting for a disk
+        own = sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
+        return sum(ticks) - rest - own, sum(ticks)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """The memory that is free; None where the system does not say."""
     if device.type == "cuda":

@@ -148,8 +148,8 @@ def plot_sizes(results: Sequence[dict[str, Any]], machine: str, file: Path) -> N
     """Draw times for an element against the number of elements.
 
     Args:
-        results: of each loss ``loss``, ``peer``, ``elements`` and, of each contestant, the
-            ``nanoseconds`` for an element.
+        results: of each loss ``loss``, ``peer``, ``elements``, ``left_off`` and, of each
+            contestant, the ``nanoseconds`` for an element.
         machine: where they were measured.
         file: the picture.
     """
@@ -168,11 +168,15 @@ def plot_sizes(results: Sequence[dict[str, Any]], machine: str, file: Path) -> N
             for name, values in result["nanoseconds"].items():
                 label = names.get(name, result["peer"])
                 axis.loglog(result["elements"], values, label=label, markersize=4, **styles[name])
+            if result["left_off"]:
+                note = f"from {min(result['left_off']):.0e} left off, for want of memory"
+                axis.text(0.03, 0.04, note, transform=axis.transAxes, fontsize=8, color="grey")
             axis.set_title(result["loss"], fontsize=10)
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8, frameon=False)
         figure.supxlabel("elements of the prediction", fontsize=9)
-        figure.supylabel("nanoseconds for an element, forward and backward", fontsize=9)
+        figure.supylabel("nanoseconds for an element, both passes: less is better", fontsize=9)
         figure.suptitle(machine, fontsize=8, color="grey")
         figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
         plt.close(figure)
