@@ -209,7 +209,7 @@ def test_what_is_lost_is_said() -> None:
     }
     size = {"work": "kept", "against": "21 classes", "value": 2.0, "limit": 1.0, "met": False}
     text = markdown([race, size])
-    assert "Slower than plain PyTorch in 1 of 1" in text
+    assert "Slower than plain PyTorch in 1 of 1 rows" in text
     assert "Limits missed: 2" in text
     assert "**1.2 (<= 1)**" in text
     assert "**1.2**" in text

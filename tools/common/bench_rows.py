@@ -301,7 +301,7 @@ def kept(device: torch.device) -> Rows:
             loss = cls(**options)
             # Rounded, for there are a few sums as well.
             ratio = round(kept_bytes(partial(loss, x, y), [x, y]) / x.nbytes, 2)
-            yield Size(f"kept for backward / logits, {name}, {classes} classes", "", ratio, limit)
+            yield Size(f"kept for backward / logits, {name}", f"{classes} classes", ratio, limit)
 
 
 @row("import")

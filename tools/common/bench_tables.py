@@ -30,7 +30,7 @@ def line(result: Result) -> str:
         f"{name} {_ratio(result, name)}" for name in ("plain", "compiled") if _ratio(result, name)
     ]
     kernels = [f"{_count(result, name)}" for name in ("ours", "peer", "plain")]
-    text = f"{result['work']}: {result['times']['ours']:.3g} ms; against {', '.join(parts)}"
+    text = f"{result['work']}: {_number(result['times']['ours'])} ms; against {', '.join(parts)}"
     if any(kernels):
         text += f"; kernels / traffic {', '.join(each or '?' for each in kernels)}"
     return text.replace("**", "")
@@ -48,8 +48,8 @@ def summary(results: Sequence[Result]) -> str:
         ]
         slower = [f"{race['work']} {ratio['mid']:.2f}" for race, ratio in pairs if ratio["mid"] > 1]
         if pairs:
-            told = f", with what ratio: {'; '.join(slower)}" if slower else ""
-            lines.append(f"- Slower than {others} in {len(slower)} of {len(pairs)}{told}.\n")
+            told = f" (with the ratio): {'; '.join(slower)}" if slower else ""
+            lines.append(f"- Slower than {others} in {len(slower)} of {len(pairs)} rows{told}.\n")
     missed = [
         f"{result['work']} against {others if name != 'peer' else result['against']}"
         for result in results
@@ -71,8 +71,8 @@ def markdown(results: Sequence[Result]) -> str:
             [
                 race["work"],
                 race["against"],
-                f"{race['times']['ours']:.3g}",
-                f"{race['times']['peer']:.3g}",
+                _number(race["times"]["ours"]),
+                _number(race["times"]["peer"]),
                 _ratio(race, "peer"),
                 f"{race['ratios']['peer']['low']:.2f} to {race['ratios']['peer']['high']:.2f}",
                 _ratio(race, "plain"),
@@ -83,7 +83,7 @@ def markdown(results: Sequence[Result]) -> str:
         parts.append("## Times\n\n" + _table(head, rows))
     counted = [race for race in races if race["kernels"]]
     if counted:
-        head = ("work", "ours", "against", "its", "plain", "at least ms", "its", "plain")
+        head = ("work", "ours", "against", "its", "plain", "at least us", "its", "plain")
         rows = [
             [
                 race["work"],
@@ -132,6 +132,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def _number(value: float) -> str:
+    """Three digits, and those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _wanted(value: str, limit: float | None, bad: bool) -> str:
     text = value if limit is None else f"{value} (<= {limit:.3g})"
     return f"**{text}**" if bad else text
@@ -143,18 +148,18 @@ def _ratio(result: Result, other: str) -> str:
     if ratio is None:
         return ""
     bad = ratio["met"] is False or (ratio["limit"] is None and ratio["mid"] > 1)
-    return _wanted(f"{ratio['mid']:.3g}", ratio["limit"], bad)
+    return _wanted(_number(ratio["mid"]), ratio["limit"], bad)
 
 
 def _size(result: Result) -> str:
-    return _wanted(f"{result['value']:.3g}", result["limit"], result["met"] is False)
+    return _wanted(_number(result["value"]), result["limit"], result["met"] is False)
 
 
 def _count(result: Result, name: str) -> str:
     count = result["kernels"].get(name)
-    return "" if count is None else f"{count['kernels']} / {count['traffic']:.3g}x"
+    return "" if count is None else f"{count['kernels']} / {_number(count['traffic'])}x"
 
 
 def _at_least(result: Result, name: str) -> str:
     count = result["kernels"].get(name)
-    return "" if count is None else f"{count['bytes'] / BANDWIDTH * 1e3:.2g}"
+    return "" if count is None else _number(count["bytes"] / BANDWIDTH * 1e6)
