@@ -1,7 +1,8 @@
 """Memory on the CPU, which is dear when it is new.
 
 The system hands it out page by page, each when it is first written to; for a large gradient that
-takes longer than to compute it. So what a loss has used, the next one uses again.
+takes longer than to compute it. So what a loss has used, the next one uses again, unless
+``detseg_losses.memory.reuse(False)`` says otherwise.
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-# glibc's malloc returns the memory of a freed block to the system at once. Once a chunk of nearly
-# 32 MB (its limit) has been freed, it keeps that much for reuse.
-torch.empty(31 << 20, dtype=torch.uint8)
-
-LARGE = 1 << 24
-"""Elements that are worth holding memory for: malloc gets and returns so large a chunk, beyond its
-limit in every dtype, each time.
+LARGE = 32 << 20
+"""Bytes that are worth holding memory for: glibc's malloc gets so large a chunk from the system
+each time, and returns it as soon as it is freed.
 """
 
 spare: deque[mmap.mmap] = deque(maxlen=1)
-"""The memory of the last large result, once nothing refers to it any more."""
+"""The memory of the last large result, once nothing refers to it any more; of length 0 where
+memory is not to be used again.
+"""
+
+
+def reuse(enabled: bool) -> None:
+    """Switch for the whole process whether large results on the CPU use the memory of the last one
+    again, which is so at first. It holds that memory between two steps of training.
+
+    Args:
+        enabled: False lets go of what is held, and leaves memory to torch from now on.
+    """
+    global spare
+    spare = deque(maxlen=int(enabled))
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,9 +43,9 @@ def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     the memory that is spare, if its size is right: in training each step's gradient that of the
     step before. Its storage cannot be resized.
     """
-    if tensor.numel() < LARGE or os.name != "posix":
-        return torch.empty_like(tensor, dtype=dtype)
     size = tensor.numel() * dtype.itemsize
+    if size < LARGE or not spare.maxlen or os.name != "posix":
+        return torch.empty_like(tensor, dtype=dtype)
     memory = None
     with suppress(IndexError):  # another thread may be faster
         memory = spare.pop()
@@ -44,7 +54,16 @@ def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
         except OSError:  # there is not so much: torch says that in the words that callers know
             return torch.empty_like(tensor, dtype=dtype)
+        _keep_freed()
     view = memoryview(memory)  # it lives as long as the result, and whatever shares its storage
     weakref.finalize(view, spare.append, memory).atexit = False
     strides = torch.empty_like(tensor, device="meta").stride()
     return torch.frombuffer(view, dtype=dtype).as_strided(tensor.shape, strides)
+
+
+def _keep_freed() -> None:
+    """Let glibc's malloc keep up to 32 MB that are freed, such as the temporaries of a block, and
+    not return them to the system each time. It does so once it has freed a chunk of nearly that
+    size: in training one of the activations, and where a loss runs alone this one.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.kernels import Kernels, kernels_of
 from detseg_losses import LOSSES, build_loss
-from kernels import Kernels, kernels_of
 
 N = 100
 Run = Callable[[Tensor, Tensor], object]
@@ -40,6 +40,15 @@ def test_known_sequences(run: Run, kernels: int, traffic: float) -> None:
         run(*torch.empty(2, N, device="meta"))
     assert len(found) == kernels
     assert found.bytes / (4 * N) == pytest.approx(traffic)
+
+
+def test_a_mask_is_searched_first() -> None:
+    x, mask = torch.zeros(N), torch.arange(N) < 10
+    with Kernels() as found:
+        x[mask] = 1.0
+        x[mask]
+    assert [kernel.name for kernel in found.found] == ["nonzero", "index_put_", "nonzero", "index"]
+    assert found.bytes == 2 * (N + 10 * 8) + (N + 4 + 10 * 4) + (N + 2 * 10 * 4)
 
 
 def test_backward_is_counted_and_its_composites_are_expanded() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,9 +28,9 @@ KEPT = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(memory, "LARGE", 1024)
-    memory.spare.clear()
+    memory.reuse(True)
     yield
-    memory.spare.clear()
+    memory.reuse(True)
 
 
 def gradient(spec: str, logits: Tensor, target: Tensor) -> Tensor:
@@ -63,6 +65,36 @@ def test_what_is_still_held_is_not_written_over(
         logits.mul_(-3)
     gradient(spec, logits, target)
     assert (held == before).all()
+
+
+def test_one_call_switches_it_off() -> None:
+    logits, target = torch.randn(2, 5, 16, 16, requires_grad=True), torch.zeros(2, 16, 16).long()
+    values = gradient("ce + dice", logits, target).clone()
+    logits.grad = None
+    assert memory.spare
+    memory.reuse(False)
+    torch.testing.assert_close(gradient("ce + dice", logits, target), values)
+    logits.grad = None
+    assert not memory.spare
+
+
+def test_large_is_measured_in_bytes() -> None:
+    memory.empty_like(torch.empty(100), torch.float64)
+    assert not memory.spare
+    memory.empty_like(torch.empty(200), torch.float64)
+    assert memory.spare
+
+
+def test_the_import_computes_and_allocates_nothing() -> None:
+    code = """
+from torch.utils._python_dispatch import TorchDispatchMode
+class Nothing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, *_):
+        raise AssertionError(function)
+with Nothing():
+    import detseg_losses
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_accumulated_gradients_are_sums() -> None:

@@ -13,12 +13,18 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from common.kernels import Kernels
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 Work = Callable[[], object]
+SHORT, LONG = 0.5, 15.0
+"""Seconds: rounds go on until the first, and are cut short after the second."""
+FEWEST, MOST = 3, 20
+"""Rounds, however long they are; times as many as asked for, however short they are."""
 
 
 def can_compile(device: torch.device) -> bool:
@@ -29,35 +35,79 @@ def can_compile(device: torch.device) -> bool:
 
 
 @dataclass
-class Ratio:
-    """Times of ``ours`` over those of ``peer``, in pairs of runs side by side.
+class Step:
+    """A step of training, from a prediction to its gradient.
 
-    Attributes:
-        ours, peer: median milliseconds.
-        low, mid, high: the quartiles of ours / peer.
+    Args:
+        loss: the loss.
+        inputs: what it takes: tensors, or lists and dictionaries of them.
     """
 
-    ours: float
-    peer: float
+    loss: Callable[..., Tensor]
+    inputs: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        self.prediction = [leaf for leaf in tree_leaves(self.inputs) if leaf.requires_grad]
+
+    def __call__(self) -> None:
+        for tensor in self.prediction:
+            tensor.grad = None
+        self.loss(*self.inputs).backward()
+
+    def on(self, device: str) -> Step:
+        """The same step on another device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+        return Step(self.loss, tree_map(move, self.inputs))
+
+
+@dataclass
+class Ratio:
+    """The quartiles of times of our work over those of another, each pair side by side."""
+
     low: float
     mid: float
     high: float
 
 
-def compare(ours: Work, peer: Work, pairs: int, device: torch.device) -> Ratio:
-    """Time two pieces of work in turns, so that whatever else the machine does meets both."""
-    for work in (ours, peer):  # memory is found, kernels are chosen
+def compare(
+    works: dict[str, Work], rounds: int, device: torch.device
+) -> tuple[dict[str, float], dict[str, Ratio]]:
+    """Time pieces of work in turns, so that whatever else the machine does meets all of them.
+
+    Args:
+        works: the first is ours. Each runs twice before, which finds memory and compiles.
+        rounds: how often each is timed: more often where it is short, less where it is long.
+        device: where.
+
+    Returns:
+        The median milliseconds of each, and the ratios of the first to each other.
+    """
+    for work in works.values():
         work()
         work()
-    times = []
-    for index in range(pairs):
-        if index % 2:
-            second, first = _milliseconds(peer, device), _milliseconds(ours, device)
-        else:
-            first, second = _milliseconds(ours, device), _milliseconds(peer, device)
-        times.append((first, second))
-    low, mid, high = quantiles([first / second for first, second in times], n=4)
-    return Ratio(median(t for t, _ in times), median(t for _, t in times), low, mid, high)
+    names = list(works)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    begin, done = time.perf_counter(), 0
+    while _goes_on(done, rounds, time.perf_counter() - begin):
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(_milliseconds(works[name], device))
+        done += 1
+    ours = times[names[0]]
+    ratios = {}
+    for name in names[1:]:
+        pairs = zip(ours, times[name], strict=True)
+        ratios[name] = Ratio(*quantiles([mine / other for mine, other in pairs], n=4))
+    return {name: median(values) for name, values in times.items()}, ratios
+
+
+def _goes_on(done: int, rounds: int, seconds: float) -> bool:
+    if done < rounds:
+        return done < FEWEST or seconds < LONG
+    return done < MOST * rounds and seconds < SHORT
 
 
 def _milliseconds(work: Work, device: torch.device) -> float:
@@ -107,6 +157,66 @@ class Memory(TorchDispatchMode):
 
     def _forget(self, size: int) -> None:
         self.live -= size
+
+
+def counted(step: Step, *, anywhere: bool) -> dict[str, float] | None:
+    """What an eager GPU would run.
+
+    Args:
+        step: what is counted.
+        anywhere: whether to count on the CPU what the meta device cannot run, such as a choice of
+            entries by a mask; not for a loss that works otherwise there.
+
+    Returns:
+        ``kernels``, the ``bytes`` that they move, and these for a byte of the prediction,
+        ``traffic``; None where it cannot be counted.
+    """
+    for device in ("meta", "cpu") if anywhere else ("meta",):
+        there = step.on(device)
+        try:
+            with Kernels() as found:
+                there()
+        except (NotImplementedError, RuntimeError):
+            continue
+        size = sum(tensor.nbytes for tensor in there.prediction)
+        return {"kernels": len(found), "bytes": found.bytes, "traffic": found.bytes / size}
+    return None
+
+
+class Load:
+    """How busy other processes keep the processors, which makes times worthless."""
+
+    def __init__(self) -> None:
+        self._start = self._ticks()
+
+    def of_others(self) -> float | None:
+        """Their share of all processors since this was made; None where the system does not say."""
+        now = self._ticks()
+        if now is None or self._start is None:
+            return None
+        others, everything = (now[index] - self._start[index] for index in range(2))
+        return max(0.0, others / everything) if everything else 0.0
+
+    @staticmethod
+    def _ticks() -> tuple[float, float] | None:
+        """Of other processes, and with those of this one and of rest."""
+        info = Path("/proc/stat")
+        if not info.is_file():
+            return None
+        ticks = [int(word) for word in info.read_text().split(maxsplit=9)[1:9]]
+        rest = ticks[3] + ticks[4]  # idle, and waiting for a disk
+        own = sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
+        return sum(ticks) - rest - own, sum(ticks)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The memory that is free; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    free = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(free[0]) * 1024 if free else None
 
 
 def peak_bytes(work: Work, given: Iterable[Tensor], device: torch.device) -> int:

@@ -116,20 +116,21 @@ def plot_curves(output: Path, metric: str) -> None:
 
 
 def plot_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw the ratios of a benchmark as bars, with their quartiles and limits.
+    """Draw the ratios of a benchmark to the peers as bars, with their quartiles and limits.
 
     Args:
-        results: of each comparison work, against, low, mid, high, limit (or None) and met.
+        results: of each comparison work, against, and in ratios the peer's low, mid, high, limit
+            (or None) and met.
         file: the picture.
     """
     figure, axis = plt.subplots(figsize=(11, 0.34 * len(results) + 1.2))
-    for place, result in enumerate(results):
-        colour = "tab:red" if result["met"] is False else "tab:blue"
-        spread = [[result["mid"] - result["low"]], [result["high"] - result["mid"]]]
-        axis.barh(place, result["mid"], xerr=spread, color=colour, alpha=0.8, capsize=2)
-        if result["limit"] is not None:
+    for place, ratio in enumerate(result["ratios"]["peer"] for result in results):
+        colour = "tab:red" if ratio["met"] is False else "tab:blue"
+        spread = [[ratio["mid"] - ratio["low"]], [ratio["high"] - ratio["mid"]]]
+        axis.barh(place, ratio["mid"], xerr=spread, color=colour, alpha=0.8, capsize=2)
+        if ratio["limit"] is not None:
             axis.plot(
-                [result["limit"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2
+                [ratio["limit"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2
             )
     axis.axvline(1, color="grey", linewidth=0.8)
     axis.set_xscale("log")
@@ -141,6 +142,44 @@ def plot_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def plot_sizes(results: Sequence[dict[str, Any]], machine: str, file: Path) -> None:
+    """Draw times for an element against the number of elements.
+
+    Args:
+        results: of each loss ``loss``, ``peer``, ``elements``, ``left_off`` and, of each
+            contestant, the ``nanoseconds`` for an element.
+        machine: where they were measured.
+        file: the picture.
+    """
+    styles: dict[str, dict[str, Any]] = {
+        "ours": {"color": "tab:blue", "marker": "o", "linewidth": 2.2, "zorder": 4},
+        "peer": {"color": "tab:red", "marker": "s"},
+        "plain": {"color": "tab:orange", "marker": "^"},
+        "compiled": {"color": "tab:green", "marker": "v", "linestyle": "--"},
+    }
+    names = {"ours": "detseg_losses", "plain": "plain PyTorch", "compiled": "plain, compiled"}
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sizes", "font.size": 9}):
+        figure, axes = plt.subplots(
+            2, 2, figsize=(9, 6.6), sharex=True, sharey=True, layout="constrained"
+        )
+        for axis, result in zip(axes.flat, results, strict=True):
+            for name, values in result["nanoseconds"].items():
+                label = names.get(name, result["peer"])
+                axis.loglog(result["elements"], values, label=label, markersize=4, **styles[name])
+            if result["left_off"]:
+                note = f"from {min(result['left_off']):.0e} left off, for want of memory"
+                axis.text(0.03, 0.04, note, transform=axis.transAxes, fontsize=8, color="grey")
+            axis.set_title(result["loss"], fontsize=10)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8, frameon=False)
+        figure.supxlabel("elements of the prediction", fontsize=9)
+        figure.supylabel("nanoseconds for an element, both passes: less is better", fontsize=9)
+        figure.suptitle(machine, fontsize=8, color="grey")
+        figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
+        plt.close(figure)
 
 
 def _smooth(values: NDArray[np.float64], weight: float = 0.6) -> NDArray[np.float64]:

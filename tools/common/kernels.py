@@ -24,6 +24,7 @@ FILLS |= {"new_full", "arange", "fill_", "zero_", "scalar_tensor", "eye"}
 SINGLE = FILLS | {"_to_copy", "clone", "copy", "stack", "cat", "rsub", "add", "sub", "mul", "div"}
 SINGLE |= {"abs", "sum", "mean", "all", "any", "where", "masked_fill", "index", "clamp", "softmax"}
 SINGLE |= {"log_softmax", "_local_scalar_dense", "isfinite", "isinf", "logical_and_", "copy_"}
+SINGLE |= {"div_", "index_put", "index_put_"}
 
 
 @dataclass
@@ -80,14 +81,14 @@ def rule(name: str, given: list[Tensor], written: list[Tensor]) -> list[Kernel]:
     if name == "copy_":
         return [Kernel(name, size(given[1]) + after)]
     if name in ("gather", "index", "index_select"):  # reads the entries that it returns
-        return [Kernel(name, sum(map(size, given[1:])) + 2 * after)]
+        return [*searches(given), Kernel(name, sum(map(size, given[1:])) + 2 * after)]
     if name.rstrip("_") in ("scatter", "scatter_add", "index_put", "index_add"):
         index = next(tensor for tensor in given[1:] if not tensor.is_floating_point())
-        entries = index.numel() * given[0].element_size()
+        entries = chosen(index) * given[0].element_size()
         touched = size(index) + sum(size(t) for t in given[1:] if t is not index)
         touched += entries * (2 if "add" in name else 1)
         whole = [] if name.endswith("_") else [Kernel("clone", size(given[0]) + after)]
-        return [*whole, Kernel(name, touched)]
+        return [*searches(given), *whole, Kernel(name, touched)]
     if name.startswith("nll_loss"):  # touches one entry of each pixel
         if "backward" in name:
             entries = given[2].numel() * given[1].element_size()
@@ -96,6 +97,17 @@ def rule(name: str, given: list[Tensor], written: list[Tensor]) -> list[Kernel]:
     if name == "log_sigmoid_forward":  # its second result is of the CPU alone
         written = written[:1]
     return [Kernel(name, sum(map(size, given)) + sum(map(size, written)))]
+
+
+def searches(given: list[Tensor]) -> list[Kernel]:
+    """Masks among the indices are first turned into indices, at least one kernel each."""
+    masks = [tensor for tensor in given[1:] if tensor.dtype == torch.bool]
+    return [Kernel("nonzero", size(mask) + 8 * chosen(mask)) for mask in masks]
+
+
+def chosen(index: Tensor) -> int:
+    """How many entries an index or a mask chooses."""
+    return int(index.count_nonzero()) if index.dtype == torch.bool else index.numel()
 
 
 def tensors(values: Any) -> list[Tensor]:
