@@ -25,6 +25,8 @@ Kind = Literal["classification", "boxes", "deltas", "distribution", "segmentatio
 # the caches, so that a long chain of operations reads the logits from memory once.
 BLOCK = 1 << 19
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 FEW = 16
 """Of so many entries one is looked up faster than all are computed."""
 
@@ -98,10 +100,15 @@ class Loss(nn.Module):
         self.given = {k: v for k, v in options.items() if k not in self._buffers}
         self.ramps = {k: v for k, v in options.items() if isinstance(v, Ramp)}
         self.step = 0
+        # To put them together takes longer than a kernel on a small input.
+        self.settled = None if self.ramps or self._buffers else self._options()
 
     @property
     def options(self) -> dict[str, Any]:
         """Every option with its value in this module, and in this step."""
+        return self._options() if self.settled is None else self.settled
+
+    def _options(self) -> dict[str, Any]:
         now = {option: ramp.at(self.step) for option, ramp in self.ramps.items()}
         return self.defaults | self.given | now | dict(self.named_buffers(recurse=False))
 
@@ -239,6 +246,14 @@ class lazy:
         return value
 
 
+def with_signature(forward: Function) -> Function:
+    """State the signature of an ``autograd.Function``'s forward, which torch asks for in each call:
+    to find it out takes as long as ten kernels on a small input.
+    """
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
 def has_graph(tensor: Tensor) -> bool:
     """Whether autograd records what is done with a tensor."""
     return tensor.requires_grad and torch.is_grad_enabled()
@@ -253,6 +268,8 @@ class Block(NamedTuple):
 
     def of(self, tensor: Tensor) -> Tensor:
         """This block of a tensor ``(B, ..., P)``; a last dimension of 1 stands for all places."""
+        if self is WHOLE:
+            return tensor
         return tensor[self.rows, ..., self.places if tensor.shape[-1] > 1 else slice(None)]
 
     def store(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, compute_dtype, options_of, reduce, register
+from .base import Loss, compute_dtype, options_of, reduce, register, with_signature
 from .box_kernel import Kind, box_losses, least, steepest, transformed, wide
 from .checks import POSITIVE, Choice, check_tensors, checked
 
@@ -498,6 +498,7 @@ class _Widen(torch.autograd.Function):
     """Boxes in the dtype to compute in; their gradient in their own, bounded to be finite there."""
 
     @staticmethod
+    @with_signature
     def forward(boxes: Tensor) -> Tensor:
         return boxes.to(wide(boxes), copy=True)
 

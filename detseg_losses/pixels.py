@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import FormulaLoss, as_weights, gather, mean_of_sums, options_of, processes, register
+from .base import (
+    FormulaLoss,
+    as_weights,
+    gather,
+    mean_of_sums,
+    options_of,
+    processes,
+    register,
+    with_signature,
+)
 from .checks import FACTORS, Mode, checked
 from .layout import Batch, segmentation_batch
 from .statistics import Need, Statistics, measure
@@ -317,6 +326,7 @@ class _Evaluate(torch.autograd.Function):
     """A formula on a map of which nothing but the map itself is kept for backward."""
 
     @staticmethod
+    @with_signature
     def forward(nll: Tensor, formula: LikelihoodFormula) -> Tensor:
         return formula.value(nll)
 

@@ -15,7 +15,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._engine.regions import Numbers, tversky_losses
-from .base import FormulaLoss, divide, lazy, options_of, processes, register, world_sum
+from .base import (
+    FormulaLoss,
+    divide,
+    lazy,
+    options_of,
+    processes,
+    register,
+    with_signature,
+    world_sum,
+)
 from .checks import POSITIVE, Absent, Mode, checked
 from .layout import Batch, segmentation_batch
 from .statistics import Need, Statistics, ground_truth, measure
@@ -410,6 +419,7 @@ class _Share(torch.autograd.Function):
     """``part / (part + rest)``, 0 of nothing, with slopes that do not cancel where it is near 1."""
 
     @staticmethod
+    @with_signature
     def forward(part: Tensor, rest: Tensor) -> Tensor:
         return divide(part, part + rest)
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detseg_losses.base import with_signature
+
 Numbers = tuple[float, float, float] | Tensor
 """alpha, beta and s of one loss; of T losses as a tensor ``(3, T, 1, 1)``."""
 
@@ -58,6 +60,7 @@ class _Tversky(torch.autograd.Function):
     """The losses, and their slopes in the counts."""
 
     @staticmethod
+    @with_signature
     def forward(counts: Tensor, numbers: Numbers, share: Tensor) -> tuple[Tensor, Tensor]:
         wrong, right = _wrong_and_right(counts, numbers)
         whole = (wrong + right).clamp_(min=LEAST)

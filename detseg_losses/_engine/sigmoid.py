@@ -22,7 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from detseg_losses.base import WHOLE, Block, blocks, compute_dtype, has_graph, in_blocks, lazy
+from detseg_losses.base import (
+    WHOLE,
+    Block,
+    blocks,
+    compute_dtype,
+    has_graph,
+    in_blocks,
+    lazy,
+    with_signature,
+)
 from detseg_losses.layout import Batch
 from detseg_losses.memory import empty_like
 
@@ -303,6 +312,7 @@ class _Sigmoid(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         logits: Tensor,
         target: Tensor,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detseg_losses.base import Block, blocks, compute_dtype, has_graph, in_blocks
+from detseg_losses.base import Block, blocks, compute_dtype, has_graph, in_blocks, with_signature
 from detseg_losses.memory import empty_like
 
 BLOCKS = (4, 16)
@@ -139,6 +139,7 @@ class _Softmax(torch.autograd.Function):
     """The statistics, and the probabilities where they are kept for backward."""
 
     @staticmethod
+    @with_signature
     def forward(
         logits: Tensor,
         target: Tensor,
