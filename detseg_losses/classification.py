@@ -329,7 +329,7 @@ class CrossEntropy(Symmetric):
     def value(self, x: Tensor, y: Label) -> Tensor:
         if not self.weighted:
             return cross_entropy(x, y)
-        return mix(cross_entropy(x, 0), column(self.pos_weight) * cross_entropy(x, 1), y)
+        return mix(cross_entropy(x, 0), column(self.pos_weight) * cross_entropy(x, 1), y, x)
 
     def weights(self) -> tuple[Any, Any]:
         weight = self.pos_weight
@@ -368,16 +368,16 @@ class Focal(Symmetric):
     gamma: float
 
     def value(self, x: Tensor, y: Label) -> Tensor:
-        return self.weight(y) * power(missed(x, y), self.gamma) * cross_entropy(x, y)
+        return self.weighed(power(missed(x, y), self.gamma) * cross_entropy(x, y), y)
 
     def weights(self) -> tuple[Any, Any]:
         if self.alpha is None or (not isinstance(self.alpha, Tensor) and self.alpha == -1):
             return 1.0, 1.0
         return 1 - self.alpha, self.alpha
 
-    def weight(self, y: Label) -> Any:
+    def weighed(self, values: Tensor, y: Label) -> Tensor:
         negative, positive = self.weights()
-        return mix(column(negative), column(positive), y)
+        return values * mix(column(negative), column(positive), y, like=values)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         p = u.sigmoid()
@@ -390,7 +390,7 @@ class Focal(Symmetric):
         sign = torch.rsub(y, 1, alpha=2)  # of an answer's slope, fading where it is neither
         wrong = torch.addcmul(y, sign, p)
         ce = log_1p_exp(x).addcmul_(x, y, value=-1)
-        root = power(wrong, self.gamma - 1) * self.weight(y)
+        root = self.weighed(power(wrong, self.gamma - 1), y)
         tilt = torch.ops.aten.sigmoid_backward(ce.mul_(root), p).mul_(sign)
         value = ce * wrong
         slope = root.mul_(wrong).mul_(p.sub_(y)).add_(tilt, alpha=self.gamma)
@@ -435,7 +435,7 @@ class Asymmetric(Formula):
 
     def value(self, x: Tensor, y: Label) -> Tensor:
         if isinstance(y, Tensor):
-            return torch.lerp(self.value(x, 0), self.value(x, 1), y)
+            return mix(self.value(x, 0), self.value(x, 1), y, x)
         if y or not self.margin:
             return Focal(None, self.gamma_pos if y else self.gamma_neg).value(x, y)
         right = ((-x).sigmoid() + self.margin).clamp(max=1)  # 1 - p_m
@@ -450,7 +450,7 @@ class PolyFocal(Formula):
 
     def value(self, x: Tensor, y: Label) -> Tensor:
         focal = Focal(self.alpha, self.gamma)
-        steeper = focal.weight(y) * power(missed(x, y), self.gamma + 1)
+        steeper = focal.weighed(power(missed(x, y), self.gamma + 1), y)
         return focal.value(x, y) + self.epsilon * steeper
 
 

@@ -505,7 +505,7 @@ class Overlap(Formula):
 
     def value(self, x: Tensor, y: Label) -> Tensor:
         p = x.sigmoid()
-        return torch.minimum(p, y) if isinstance(y, Tensor) else p * y
+        return torch.minimum(p, y.to(p.dtype)) if isinstance(y, Tensor) else p * y
 
 
 @dataclass(frozen=True)
@@ -539,8 +539,8 @@ class WeightedFocal(FocalFactor):
     alpha: float | None
 
     def value(self, x: Tensor, y: Label) -> Tensor:
-        weight = 1.0 if self.alpha is None else mix(1 - self.alpha, self.alpha, y)
-        return super().value(x, y) * cross_entropy(x, y) * weight
+        value = super().value(x, y) * cross_entropy(x, y)
+        return value if self.alpha is None else value * mix(1 - self.alpha, self.alpha, y, x)
 
 
 def _sums(batch: Batch, formula: Formula) -> Tensor:

@@ -38,7 +38,7 @@ from detseg_losses.memory import empty_like
 from .softmax import sums_by_label
 
 Label: TypeAlias = "Tensor | int"
-"""A target: 0, 1, or a floating point tensor of values in [0, 1]."""
+"""A target: 0, 1, a tensor of bools, or a floating point tensor of values in [0, 1]."""
 
 FEW = 16
 """Below one target in so many that is not 0, the others are computed as negatives."""
@@ -51,9 +51,18 @@ SMALL = 2
 
 def wrong(x: Tensor, y: Label) -> Tensor:
     """The logit of the wrong answer; of a value in between, of the one that it is farther from."""
-    if isinstance(y, Tensor):
-        return x * torch.rsub(y.round(), 1, alpha=2)
-    return -x if y else x
+    if not isinstance(y, Tensor):
+        return -x if y else x
+    if y.dtype == torch.bool:
+        return torch.where(y, -x, x)
+    return x * torch.rsub(y.round(), 1, alpha=2)
+
+
+def between(y: Label) -> Tensor | None:
+    """How far values in between are from the nearer of 0 and 1, with the sign of the way there."""
+    if isinstance(y, Tensor) and y.is_floating_point():
+        return y - y.round()
+    return None
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -72,31 +81,37 @@ def log_1p_exp(x: Tensor) -> Tensor:
 
 def cross_entropy(x: Tensor, y: Label) -> Tensor:
     """``-y log p - (1 - y) log (1 - p)``."""
-    ce = softplus(wrong(x, y))
-    return ce - x * (y - y.round()) if isinstance(y, Tensor) else ce
+    ce, rest = softplus(wrong(x, y)), between(y)
+    return ce if rest is None else ce - x * rest
 
 
 def error(x: Tensor, y: Label) -> Tensor:
     """``p - y``."""
+    p, rest = wrong(x, y).sigmoid(), between(y)
     if not isinstance(y, Tensor):
-        return -(-x).sigmoid() if y else x.sigmoid()
-    sign = torch.rsub(y.round(), 1, alpha=2)
-    return sign * (x * sign).sigmoid() - (y - y.round())
+        return -p if y else p
+    if rest is None:
+        return torch.where(y, -p, p)
+    return torch.rsub(y.round(), 1, alpha=2) * p - rest
 
 
 def missed(x: Tensor, y: Label) -> Tensor:
     """``(1 - y) p + y (1 - p)``, the probability of the wrong answer."""
-    p = wrong(x, y).sigmoid()
-    return torch.lerp(p, 1 - p, (y - y.round()).abs()) if isinstance(y, Tensor) else p
+    p, rest = wrong(x, y).sigmoid(), between(y)
+    return p if rest is None else torch.lerp(p, 1 - p, rest.abs())
 
 
-def mix(negative: Any, positive: Any, y: Label) -> Any:
-    """``(1 - y) * negative + y * positive``."""
-    if isinstance(y, Tensor):
-        if isinstance(negative, Tensor):
-            return torch.lerp(negative, positive, y)
-        return torch.rsub(y, negative, alpha=negative - positive)
-    return positive if y else negative
+def mix(negative: Any, positive: Any, y: Label, like: Tensor) -> Any:
+    """``(1 - y) * negative + y * positive``, of the dtype of another tensor."""
+    if not isinstance(y, Tensor):
+        return positive if y else negative
+    if y.dtype == torch.bool:
+        if not isinstance(negative, Tensor):
+            negative, positive = like.new_full((), negative), like.new_full((), positive)
+        return torch.where(y, positive, negative)
+    if isinstance(negative, Tensor):
+        return torch.lerp(negative, positive, y)
+    return torch.rsub(y, negative, alpha=negative - positive)
 
 
 def power(base: Tensor, exponent: float) -> Tensor:
@@ -276,23 +291,26 @@ def plain(
     if target.dim() == 2:  # compared, which a compiler fuses with all else
         y = target.unsqueeze(1) == torch.arange(x.shape[1], device=x.device).unsqueeze(1)
     else:
-        y = target
-    y = y.to(x.dtype)
-    w: Any = 1
+        y = target.to(x.dtype) if target.is_floating_point() else target.bool()
+    w: Any = None
     if weight is not None:
         ignored = weight == 0
-        x, y = torch.where(ignored, 0, x), torch.where(ignored, 0, y)
+        x, y = torch.where(ignored, 0, x), y.masked_fill(ignored, 0)
         w = weight.to(x.dtype)
+
+    def weighted(values: Tensor) -> Tensor:
+        return values if w is None else values * w
+
     over = -1 if wants.per_class else (-2, -1)
-    sums = [(formula.value(x, y) * w).sum(over) for formula in wants.sums]
+    sums = [weighted(formula.value(x, y)).sum(over) for formula in wants.sums]
     if not wants.per_class:
         sums = [each.unsqueeze(-1) for each in sums]
-    maps = [formula.value(x, y) * w for formula in wants.maps]
+    maps = [weighted(formula.value(x, y)) for formula in wants.maps]
     if not wants.counts:
         return *sums, *maps
-    p, q = x.sigmoid(), (-x).sigmoid()
-    terms = [p * (1 - y), p * y, q * y, y] + ([p * p] if wants.squares else [])
-    return *sums, *maps, torch.stack([(term * w).sum(-1) for term in terms])
+    p, y = x.sigmoid(), y.to(x.dtype)
+    terms = [p * (1 - y), p * y, (1 - p) * y, y] + ([p * p] if wants.squares else [])
+    return *sums, *maps, torch.stack([weighted(term).sum(-1) for term in terms])
 
 
 def _blocks(logits: Tensor) -> list[Block]:
