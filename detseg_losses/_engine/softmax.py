@@ -97,13 +97,14 @@ def plain(
     index = _index(target, ignored)
     if index is None:
         y = target.to(x.dtype)
-    else:  # compared, which a compiler fuses with all else, after a look-up that checks the labels
-        classes = torch.arange(x.shape[1], device=x.device)
-        y = (classes[index] == classes.unsqueeze(1)).to(x.dtype)
+    else:  # compared, which a compiler fuses with all else
+        y = (index == torch.arange(x.shape[1], device=x.device).unsqueeze(1)).to(x.dtype)
     nll = smooth = counts = None
     if wants.nll:
         weights = class_weights if index is None else None
         nll = _expected(log_p, _weighted(y, weights), ignored)
+        if index is not None:  # 0, but a look-up stops at labels that do not exist
+            nll = nll + log_p.detach().gather(1, index).clamp(0, 0).squeeze(1)
     if wants.smooth:
         smooth = _expected(log_p, _weighted(torch.ones_like(y), class_weights), ignored)
     if wants.counts:
