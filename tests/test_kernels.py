@@ -105,3 +105,43 @@ def test_kernels_of_cross_entropy_and_dice() -> None:
     kernels, traffic = masks("ce+dice", 4, 21, 512, 512, ignore_index=255)
     assert kernels <= 58
     assert traffic <= 15
+
+
+def heads(name: str, target: Tensor) -> tuple[int, float]:
+    """The same of a loss of a detection head."""
+    x = torch.empty(20_000, 91, device="meta", requires_grad=True)
+    found = kernels_of(lambda: LOSSES[name](reduction="sum")(x, target))
+    return len(found), found.bytes / x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "budget", "limit"),
+    [
+        ("focal", None, 40, 21),
+        ("focal", torch.bool, 18, 32),
+        ("focal", torch.uint8, 20, 32),
+        ("focal", torch.float32, 28, 48),
+        ("bce", None, 28, 8.5),
+        ("bce", torch.bool, 12, 13),
+        ("bce", torch.float32, 12, 14.1),
+    ],
+)
+def test_kernels_of_heads(name: str, dtype: torch.dtype | None, budget: int, limit: float) -> None:
+    """By class index, and of dense targets."""
+    target = torch.empty(20_000, dtype=torch.long, device="meta")
+    if dtype is not None:
+        target = torch.empty(20_000, 91, dtype=dtype, device="meta")
+    kernels, traffic = heads(name, target)
+    assert kernels <= budget
+    assert traffic <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_kernels_of_binary_cross_entropy_and_dice(dtype: torch.dtype) -> None:
+    """Counts without cancellation take most of it: lean sums would take half as much."""
+    x = torch.empty(8, 1, 512, 512, device="meta", requires_grad=True)
+    y = torch.empty(8, 1, 512, 512, dtype=dtype, device="meta")
+    loss = build_loss("bce+dice", kind="segmentation")
+    found = kernels_of(lambda: loss(x, y))
+    assert len(found) <= 55
+    assert found.bytes / x.nbytes <= 41.1
