@@ -1,19 +1,11 @@
 """Dense-prediction losses for detection and segmentation, and the strings that name them."""
 
-from .balance import (
-    GradNorm,
-)
-from .base import (
-    LOSSES,
-    Loss,
-    class_balanced_weights,
-)
-from .boundary import (
-    BoundaryLoss,
-    boundary_loss,
-    signed_distance,
-)
-from .boxes import (
+from detseg_losses._core.module import LOSSES, Loss
+from detseg_losses._core.options import Ramp
+from detseg_losses._core.reduction import class_balanced_weights
+from detseg_losses.balance import GradNorm
+from detseg_losses.losses.boundary import BoundaryLoss, boundary_loss, signed_distance
+from detseg_losses.losses.boxes import (
     AlphaIoULoss,
     CIoULoss,
     DIoULoss,
@@ -37,27 +29,9 @@ from .boxes import (
     siou_loss,
     wiou_loss,
 )
-from .classification import (
-    AsymmetricLoss,
-    BCELoss,
-    GHMLoss,
-    PolyFocalLoss,
-    QualityFocalLoss,
-    SigmoidFocalLoss,
-    VarifocalLoss,
-    asymmetric_loss,
-    binary_cross_entropy_loss,
-    ghm_loss,
-    poly_focal_loss,
-    quality_focal_loss,
-    sigmoid_focal_loss,
-    varifocal_loss,
-)
-from .cldice import (
-    CLDiceLoss,
-    cldice_loss,
-)
-from .deltas import (
+from detseg_losses.losses.cldice import CLDiceLoss, cldice_loss
+from detseg_losses.losses.lovasz import LovaszLoss, lovasz_loss
+from detseg_losses.losses.offsets import (
     BalancedL1Loss,
     DistributionFocalLoss,
     HuberLoss,
@@ -73,26 +47,7 @@ from .deltas import (
     mse_loss,
     smooth_l1_loss,
 )
-from .lovasz import (
-    LovaszLoss,
-    lovasz_loss,
-)
-from .options import (
-    Ramp,
-)
-from .pixels import (
-    CrossEntropyLoss,
-    OHEMCrossEntropyLoss,
-    PolyCrossEntropyLoss,
-    SoftmaxFocalLoss,
-    SymmetricCrossEntropyLoss,
-    cross_entropy_loss,
-    ohem_cross_entropy_loss,
-    poly_cross_entropy_loss,
-    softmax_focal_loss,
-    symmetric_cross_entropy_loss,
-)
-from .regions import (
+from detseg_losses.losses.regions import (
     DiceLoss,
     F1Loss,
     FocalTverskyLoss,
@@ -112,7 +67,35 @@ from .regions import (
     squared_dice_loss,
     tversky_loss,
 )
-from .spec import (
+from detseg_losses.losses.sigmoid import (
+    AsymmetricLoss,
+    BCELoss,
+    GHMLoss,
+    PolyFocalLoss,
+    QualityFocalLoss,
+    SigmoidFocalLoss,
+    VarifocalLoss,
+    asymmetric_loss,
+    binary_cross_entropy_loss,
+    ghm_loss,
+    poly_focal_loss,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    varifocal_loss,
+)
+from detseg_losses.losses.softmax import (
+    CrossEntropyLoss,
+    OHEMCrossEntropyLoss,
+    PolyCrossEntropyLoss,
+    SoftmaxFocalLoss,
+    SymmetricCrossEntropyLoss,
+    cross_entropy_loss,
+    ohem_cross_entropy_loss,
+    poly_cross_entropy_loss,
+    softmax_focal_loss,
+    symmetric_cross_entropy_loss,
+)
+from detseg_losses.spec import (
     CEDiceLoss,
     ComboLoss,
     LossSum,

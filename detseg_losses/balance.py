@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import divide, processes, world_sum
-from .spec import LossSum
+from detseg_losses._core.distribution import processes, world_sum
+from detseg_losses._core.reduction import divide
+from detseg_losses.spec import LossSum
 
 
 class GradNorm:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .base import LOSSES, Kind, Loss, check_choice
-from .checks import check_known, nearest, shown
-from .classification import BCELoss, ClassificationOptions
-from .options import Ramp, parameters, show, unpacked, with_defaults
-from .pixels import CrossEntropyLoss, PixelOptions, SoftmaxFocalLoss
-from .regions import DiceLoss, FocalTverskyLoss, RegionOptions
-from .shared import together
+from detseg_losses._core.checks import check_choice, check_known, nearest, shown
+from detseg_losses._core.module import LOSSES, Kind, Loss
+from detseg_losses._core.options import Ramp, parameters, show, unpacked, with_defaults
+from detseg_losses.losses.regions import DiceLoss, FocalTverskyLoss, RegionOptions
+from detseg_losses.losses.sigmoid import BCELoss, ClassificationOptions
+from detseg_losses.losses.softmax import CrossEntropyLoss, PixelOptions, SoftmaxFocalLoss
+from detseg_losses.losses.together import together
 
 Weight = float | Ramp | Literal["learned"]
 

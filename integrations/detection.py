@@ -11,19 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from detseg_losses.base import (
-    LOSSES,
-    Kind,
-    Loss,
-    check_choice,
-    compute_dtype,
-    divide,
-    in_blocks,
-    processes,
-    rows_where,
-    world_sum,
-)
-from detseg_losses.pixels import PixelLoss
+from detseg_losses._core.blocks import compute_dtype, rows_where
+from detseg_losses._core.checks import check_choice, in_blocks
+from detseg_losses._core.distribution import processes, world_sum
+from detseg_losses._core.module import LOSSES, Kind, Loss
+from detseg_losses._core.reduction import divide
+from detseg_losses.losses.softmax import PixelLoss
 from detseg_losses.spec import (
     EXAMPLES,
     LossSum,

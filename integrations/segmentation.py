@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from detseg_losses.layout import Mode
-from detseg_losses.pixels import PixelLoss
+from detseg_losses._core.batch import Mode
+from detseg_losses.losses.softmax import PixelLoss
 from detseg_losses.spec import LossSum, SpecError, build_loss
 
 AUXILIARY = "aux"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from detseg_losses.classification import binary_cross_entropy_loss
+from detseg_losses._core.batch import Mode
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.segmentation import (
     attach,
@@ -34,8 +34,8 @@ from detseg_losses.integrations.smp_losses import (
     SoftCrossEntropyLoss,
     TverskyLoss,
 )
-from detseg_losses.layout import Mode
-from detseg_losses.pixels import cross_entropy_loss
+from detseg_losses.losses.sigmoid import binary_cross_entropy_loss
+from detseg_losses.losses.softmax import cross_entropy_loss
 
 with needs("smp"):
     from segmentation_models_pytorch.base import SegmentationModel

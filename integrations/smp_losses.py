@@ -53,6 +53,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from detseg_losses._core.batch import Batch, Mode, segmentation_batch
+from detseg_losses._core.blocks import compute_dtype
+from detseg_losses._core.checks import Reduction, check_choice
+from detseg_losses._core.reduction import divide, reduce
 from detseg_losses._engine.sigmoid import (
     Formula,
     Label,
@@ -63,12 +67,10 @@ from detseg_losses._engine.sigmoid import (
     power,
     sigmoid_statistics,
 )
-from detseg_losses.base import Reduction, check_choice, compute_dtype, divide, reduce
-from detseg_losses.classification import CrossEntropy
-from detseg_losses.layout import Batch, Mode, segmentation_batch
-from detseg_losses.lovasz import lovasz_loss
-from detseg_losses.pixels import cross_entropy_loss
-from detseg_losses.statistics import ground_truth, measure
+from detseg_losses._engine.statistics import ground_truth, measure
+from detseg_losses.losses.lovasz import lovasz_loss
+from detseg_losses.losses.sigmoid import CrossEntropy
+from detseg_losses.losses.softmax import cross_entropy_loss
 
 BINARY_MODE: Mode = "binary"
 MULTICLASS_MODE: Mode = "multiclass"

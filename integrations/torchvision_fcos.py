@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from detseg_losses.base import divide
+from detseg_losses._core.reduction import divide
 from detseg_losses.integrations.detection import (
     Normalizer,
     Positives,

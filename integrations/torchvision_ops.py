@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from detseg_losses import boxes, classification
+from detseg_losses.losses import boxes
+from detseg_losses.losses import sigmoid as classification
 
 __all__ = [
     "complete_box_iou_loss",

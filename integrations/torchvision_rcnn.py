@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detseg_losses.base import rows_where
+from detseg_losses._core.blocks import rows_where
 from detseg_losses.integrations.detection import (
     Positives,
     Roles,

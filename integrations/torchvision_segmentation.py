@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from detseg_losses._core.batch import Mode
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.segmentation import (
     attach,
@@ -17,7 +18,6 @@ from detseg_losses.integrations.segmentation import (
     read_losses,
     taken,
 )
-from detseg_losses.layout import Mode
 from detseg_losses.spec import SpecError
 
 with needs("torchvision"):

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detseg_losses.base import Loss, compute_dtype
-from detseg_losses.boxes import iou_loss
-from detseg_losses.classification import QualityFocalLoss, VarifocalLoss
+from detseg_losses._core.blocks import compute_dtype
+from detseg_losses._core.module import Loss
 from detseg_losses.integrations.detection import (
     Roles,
     check_class_labels,
@@ -32,6 +31,8 @@ from detseg_losses.integrations.detection import (
     with_objects,
 )
 from detseg_losses.integrations.extras import needs
+from detseg_losses.losses.boxes import iou_loss
+from detseg_losses.losses.sigmoid import QualityFocalLoss, VarifocalLoss
 from detseg_losses.spec import LossSum
 
 with needs("transformers"):

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detseg_losses.base import Loss
-from detseg_losses.classification import SigmoidLoss
+from detseg_losses._core.module import Loss
 from detseg_losses.integrations.detection import (
     FIXED,
     check_class_labels,
@@ -26,8 +25,9 @@ from detseg_losses.integrations.detection import (
 )
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.transformers_detection import looking_up
-from detseg_losses.pixels import PixelLoss
-from detseg_losses.regions import RegionLoss
+from detseg_losses.losses.regions import RegionLoss
+from detseg_losses.losses.sigmoid import SigmoidLoss
+from detseg_losses.losses.softmax import PixelLoss
 from detseg_losses.spec import LossSum, SpecError, build_loss, warn
 
 with needs("transformers"):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from detseg_losses._core.batch import Mode
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.segmentation import (
     attach,
@@ -23,7 +24,6 @@ from detseg_losses.integrations.segmentation import (
     read_losses,
     taken,
 )
-from detseg_losses.layout import Mode
 
 with needs("transformers"):
     from transformers import PreTrainedModel

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from detseg_losses.base import Loss, compute_dtype, divide, rows_where
+from detseg_losses._core.blocks import compute_dtype, rows_where
+from detseg_losses._core.module import Loss
+from detseg_losses._core.reduction import divide
 from detseg_losses.integrations.detection import (
     FIXED,
     Roles,

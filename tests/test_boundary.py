@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import references
-from detseg_losses import boundary, boundary_loss, build_loss, signed_distance
+from detseg_losses import boundary_loss, build_loss, signed_distance
+from detseg_losses.losses import boundary
 from references import value_and_grad
 
 MODES = ["multiclass", "binary", "multilabel"]
@@ -132,7 +133,7 @@ def test_few_large_steps_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     _, y = sample("multiclass", 6, 7, 5)
     options: dict[str, Any] = {"ignore_index": 255, "spacing": [3.0, 1.0, 0.5]}
     expected = signed_distance(y, 3, **options)
-    monkeypatch.setattr("detseg_losses.boundary.in_blocks", lambda tensor: False)
+    monkeypatch.setattr("detseg_losses.losses.boundary.in_blocks", lambda tensor: False)
     torch.testing.assert_close(signed_distance(y, 3, **options), expected)
 
 

@@ -17,8 +17,6 @@ import references
 from detseg_losses import (
     LOSSES,
     alpha_iou_loss,
-    box_kernel,
-    boxes,
     complete_box_iou_loss,
     eiou_loss,
     focal_eiou_loss,
@@ -28,6 +26,8 @@ from detseg_losses import (
     siou_loss,
     wiou_loss,
 )
+from detseg_losses._engine import boxes as box_kernel
+from detseg_losses.losses import boxes
 from references import value_and_grad
 
 FAMILY: dict[str, Any] = {n: cls.function for n, cls in LOSSES.items() if cls.kinds == ("boxes",)}

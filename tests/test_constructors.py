@@ -24,8 +24,8 @@ from detseg_losses import (
     SmoothL1Loss,
     UnifiedFocalLoss,
 )
-from detseg_losses.checks import OF_A_CALL
-from detseg_losses.options import parameters, unpacked
+from detseg_losses._core.checks import OF_A_CALL
+from detseg_losses._core.options import parameters, unpacked
 
 CALLS = """
 from typing import assert_type

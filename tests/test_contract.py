@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import detseg_losses
 from common.benchmark import can_compile, kept_bytes
-from detseg_losses import LOSSES, Loss, base, build_loss
+from detseg_losses import LOSSES, Loss, build_loss
+from detseg_losses._core import blocks
 
 CASES = [(name, kind) for name, cls in LOSSES.items() for kind in cls.kinds]
 DENSE = [case for case in CASES if case[1] in ("classification", "segmentation")]
@@ -224,7 +225,7 @@ def test_blocks_do_not_show(spec: str, block: int, monkeypatch: pytest.MonkeyPat
         return found
 
     expected = run()
-    monkeypatch.setattr(base, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     torch.testing.assert_close(run(), expected)
 
 
@@ -242,7 +243,7 @@ def test_blocks_of_anchors_do_not_show(
         weight = torch.rand(x.shape[:2], dtype=x.dtype, generator=torch.Generator().manual_seed(3))
         expected = value_and_grad(lambda x, y: loss(x, y, weight=weight).sum(), x, y)  # noqa: B023
         with monkeypatch.context() as patch:
-            patch.setattr(base, "BLOCK", block)
+            patch.setattr(blocks, "BLOCK", block)
             got = value_and_grad(lambda x, y: loss(x, y, weight=weight).sum(), x, y)  # noqa: B023
         torch.testing.assert_close(got, expected)
 

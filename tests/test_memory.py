@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from detseg_losses import base, build_loss, memory
+from detseg_losses import build_loss, memory
+from detseg_losses._core import blocks
 
 KEPT = pytest.mark.parametrize(
     ("spec", "shape", "target"),
@@ -28,7 +29,7 @@ KEPT = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(memory, "LARGE", 1024)
-    monkeypatch.setattr(base, "BLOCK", 1024)
+    monkeypatch.setattr(blocks, "BLOCK", 1024)
     memory.reuse(True)
     yield
     memory.reuse(True)

@@ -19,8 +19,8 @@ from detseg_losses import (
     softmax_focal_loss,
     symmetric_cross_entropy_loss,
 )
-from detseg_losses.layout import segmentation_batch
-from detseg_losses.statistics import measure
+from detseg_losses._core.batch import segmentation_batch
+from detseg_losses._engine.statistics import measure
 from references import value_and_grad
 
 WEIGHTS = [0.5, 1.0, 4.0]  # exact in float32

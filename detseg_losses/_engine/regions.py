@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detseg_losses.base import with_signature
+from detseg_losses._core.blocks import with_signature
 
 Numbers = tuple[float, float, float] | Tensor
 """alpha, beta and s of one loss; of T losses as a tensor ``(3, T, 1, 1)``."""

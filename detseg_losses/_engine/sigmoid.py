@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from detseg_losses.base import (
+from detseg_losses._core.batch import Batch
+from detseg_losses._core.blocks import (
     WHOLE,
     Block,
     blocks,
     compute_dtype,
     has_graph,
-    in_blocks,
     lazy,
     with_signature,
 )
-from detseg_losses.layout import Batch
+from detseg_losses._core.checks import in_blocks
 from detseg_losses.memory import empty_like
 
 from .softmax import sums_by_label

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detseg_losses.base import Block, blocks, compute_dtype, has_graph, in_blocks, with_signature
+from detseg_losses._core.blocks import Block, blocks, compute_dtype, has_graph, with_signature
+from detseg_losses._core.checks import in_blocks
 from detseg_losses.memory import empty_like
 
 BLOCKS = (4, 16)

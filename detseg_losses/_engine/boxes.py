@@ -1,8 +1,8 @@
 """Value and gradient of the IoU, GIoU, DIoU and CIoU losses from few operations.
 
-The formulas are those of :mod:`detseg_losses.boxes`, differentiated by hand. One operation serves
-as many numbers as it can: tensors are ``(interval, axis, N)``, where the intervals of an axis are,
-in this order, the overlap, box 1, box 2 and the hull.
+The formulas are those of :mod:`detseg_losses.losses.boxes`, differentiated by hand. One operation
+serves as many numbers as it can: tensors are ``(interval, axis, N)``, where the intervals of an
+axis are, in this order, the overlap, box 1, box 2 and the hull.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .base import has_graph
+from detseg_losses._core.blocks import has_graph
 
 Kind = Literal["iou", "giou", "diou", "ciou"]
 Formula = Callable[[Tensor, Tensor], Tensor]

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._engine.sigmoid import Formula, Label, Wants, sigmoid_statistics
-from .base import WHOLE, Loss, divide, gather, options_of, register
-from .checks import checked
-from .layout import Batch, Part
-from .regions import RegionOptions, Regions, _region_loss, region_batch
-from .statistics import measure, weighted_counts
+from detseg_losses._core.batch import Batch, Part
+from detseg_losses._core.blocks import WHOLE
+from detseg_losses._core.checks import checked
+from detseg_losses._core.distribution import gather
+from detseg_losses._core.module import Loss, options_of, register
+from detseg_losses._core.reduction import divide
+from detseg_losses._engine.sigmoid import Formula, Label, Wants, sigmoid_statistics
+from detseg_losses._engine.statistics import measure, weighted_counts
+from detseg_losses.losses.regions import RegionOptions, Regions, _region_loss, region_batch
 
 
 @checked()
@@ -42,7 +45,7 @@ def lovasz_loss(
     Args:
         logits: raw scores, ``(B, C, *)``.
         target: class indices ``(B, *)``, or values of the logits' shape, which are rounded.
-        **options: see :class:`~detseg_losses.regions.RegionOptions`.
+        **options: see :class:`~detseg_losses.losses.regions.RegionOptions`.
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Loss, compute_dtype, options_of, reduce, register, with_signature
-from .box_kernel import Kind, box_losses, least, steepest, transformed, wide
-from .checks import POSITIVE, Choice, check_tensors, checked
+from detseg_losses._core.blocks import compute_dtype, with_signature
+from detseg_losses._core.checks import POSITIVE, Choice, check_tensors, checked
+from detseg_losses._core.module import Loss, options_of, register
+from detseg_losses._core.reduction import reduce
+from detseg_losses._engine.boxes import Kind, box_losses, least, steepest, transformed, wide
 
 IoUMode = Literal["linear", "log", "square"]
 

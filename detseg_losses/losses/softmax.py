@@ -13,19 +13,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import (
-    FormulaLoss,
-    as_weights,
-    gather,
-    mean_of_sums,
-    options_of,
-    processes,
-    register,
-    with_signature,
-)
-from .checks import FACTORS, Mode, checked
-from .layout import Batch, segmentation_batch
-from .statistics import Need, Statistics, measure
+from detseg_losses._core.batch import Batch, segmentation_batch
+from detseg_losses._core.blocks import with_signature
+from detseg_losses._core.checks import FACTORS, Mode, checked
+from detseg_losses._core.distribution import gather, processes
+from detseg_losses._core.module import FormulaLoss, options_of, register
+from detseg_losses._core.reduction import as_weights, mean_of_sums
+from detseg_losses._engine.statistics import Need, Statistics, measure
 
 
 class PixelOptions(TypedDict, total=False):

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._engine.sigmoid import (
+from detseg_losses._core.batch import Batch, check_one_weight, detection_batch, segmentation_batch
+from detseg_losses._core.blocks import blocks
+from detseg_losses._core.checks import Mode, balance, checked
+from detseg_losses._core.distribution import processes, world_sum
+from detseg_losses._core.module import FormulaLoss, options_of, register
+from detseg_losses._core.reduction import as_weights, divide, mean_of_sums
+from detseg_losses._engine.sigmoid import (
     Formula,
     Label,
     Symmetric,
@@ -30,20 +36,7 @@ from ._engine.sigmoid import (
     power,
     sigmoid_statistics,
 )
-from .base import (
-    FormulaLoss,
-    as_weights,
-    blocks,
-    divide,
-    mean_of_sums,
-    options_of,
-    processes,
-    register,
-    world_sum,
-)
-from .checks import Mode, balance, checked
-from .layout import Batch, check_one_weight, detection_batch, segmentation_batch
-from .statistics import Need, Statistics
+from detseg_losses._engine.statistics import Need, Statistics
 
 
 class ClassificationOptions(TypedDict, total=False):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from typing_extensions import Self
 
-from .checks import check_choice
+from detseg_losses._core.checks import check_choice
 
 Curve = Literal["linear", "cosine"]
 

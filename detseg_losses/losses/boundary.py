@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import BLOCK, Loss, divide, options_of, register
-from .checks import (
+from detseg_losses._core.blocks import BLOCK
+from detseg_losses._core.checks import (
     RULES,
     check_constant,
     check_options,
@@ -18,8 +18,10 @@ from .checks import (
     in_blocks,
     read_target,
 )
-from .regions import RegionOptions, Regions, _region_loss, region_batch
-from .statistics import weighted_counts
+from detseg_losses._core.module import Loss, options_of, register
+from detseg_losses._core.reduction import divide
+from detseg_losses._engine.statistics import weighted_counts
+from detseg_losses.losses.regions import RegionOptions, Regions, _region_loss, region_batch
 
 
 @checked()
@@ -49,7 +51,7 @@ def boundary_loss(
             grows as the number of pixels times the sides of the image.
         spacing: how far apart two pixels are, one length for each dimension or one for all;
             disregarded where the ``distance`` is given.
-        **options: see :class:`~detseg_losses.regions.RegionOptions`.
+        **options: see :class:`~detseg_losses.losses.regions.RegionOptions`.
 
     Raises:
         ValueError: on a distance that does not fit the logits or requires grad, shapes that do not

@@ -9,8 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Loss, compute_dtype, options_of, reduce, register
-from .checks import POSITIVE, check_tensors, checked
+from detseg_losses._core.blocks import compute_dtype
+from detseg_losses._core.checks import POSITIVE, check_tensors, checked
+from detseg_losses._core.module import Loss, options_of, register
+from detseg_losses._core.reduction import reduce
 
 
 @checked()

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import FormulaLoss
-from .layout import segmentation_batch
-from .regions import RegionLoss
-from .statistics import measure
+from detseg_losses._core.batch import segmentation_batch
+from detseg_losses._core.module import FormulaLoss
+from detseg_losses._engine.statistics import measure
+from detseg_losses.losses.regions import RegionLoss
 
 
 def together(

@@ -14,20 +14,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._engine.regions import Numbers, tversky_losses
-from .base import (
-    FormulaLoss,
-    divide,
-    lazy,
-    options_of,
-    processes,
-    register,
-    with_signature,
-    world_sum,
-)
-from .checks import POSITIVE, Absent, Mode, checked
-from .layout import Batch, segmentation_batch
-from .statistics import Need, Statistics, ground_truth, measure
+from detseg_losses._core.batch import Batch, segmentation_batch
+from detseg_losses._core.blocks import lazy, with_signature
+from detseg_losses._core.checks import POSITIVE, Absent, Mode, checked
+from detseg_losses._core.distribution import processes, world_sum
+from detseg_losses._core.module import FormulaLoss, options_of, register
+from detseg_losses._core.reduction import divide
+from detseg_losses._engine.regions import Numbers, tversky_losses
+from detseg_losses._engine.statistics import Need, Statistics, ground_truth, measure
 
 
 class RegionOptions(TypedDict, total=False):

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import WHOLE, Loss, divide, options_of, register
-from .checks import checked
-from .layout import Part
-from .regions import RegionOptions, Regions, _region_loss, region_batch
-from .statistics import measure
+from detseg_losses._core.batch import Part
+from detseg_losses._core.blocks import WHOLE
+from detseg_losses._core.checks import checked
+from detseg_losses._core.module import Loss, options_of, register
+from detseg_losses._core.reduction import divide
+from detseg_losses._engine.statistics import measure
+from detseg_losses.losses.regions import RegionOptions, Regions, _region_loss, region_batch
 
 
 @checked()
@@ -40,7 +42,7 @@ def cldice_loss(
         iterations: how many erosions; no less than the largest radius of what is to be found, in
             pixels.
         smooth: the s added to both.
-        **options: see :class:`~detseg_losses.regions.RegionOptions`.
+        **options: see :class:`~detseg_losses.losses.regions.RegionOptions`.
 
     Raises:
         ValueError: on iterations below 0, shapes that do not fit, a mode that cannot be told, or a

@@ -14,9 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import WHOLE, Block, compute_dtype, lazy
-from .checks import Mode as Mode
-from .checks import check_choice, check_constant, check_tensors, check_weight, read_target
+from detseg_losses._core.blocks import WHOLE, Block, compute_dtype, lazy
+from detseg_losses._core.checks import Mode as Mode
+from detseg_losses._core.checks import (
+    check_choice,
+    check_constant,
+    check_tensors,
+    check_weight,
+    read_target,
+)
 
 
 @dataclass

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._engine import sigmoid
-from ._engine.sigmoid import Formula, sigmoid_statistics
-from ._engine.softmax import Wants, softmax_statistics, sums_by_label
-from .layout import Batch
+from detseg_losses._core.batch import Batch
+from detseg_losses._engine import sigmoid
+from detseg_losses._engine.sigmoid import Formula, sigmoid_statistics
+from detseg_losses._engine.softmax import Wants, softmax_statistics, sums_by_label
 
 Need = Literal["regions", "squares", "nll", "smooth"] | Formula
 """What a loss asks of a batch: region counts, one of the maps, or the sums of a formula."""

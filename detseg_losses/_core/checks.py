@@ -220,7 +220,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def checked(**own: Rule) -> Callable[[Function], Function]:
     """Let a loss check its options by :data:`RULES`, and by the rules of its own, when it is
-    called; :class:`~detseg_losses.base.Loss` does the same when it is made.
+    called; :class:`~detseg_losses.Loss` does the same when it is made.
     """
     rules = RULES | own
 
