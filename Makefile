@@ -25,18 +25,22 @@ lint: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Build the wheel and import it where there is no checkout to be found.
+# Build the sdist, the wheel from it, and use that where there is no checkout to be found.
 wheel: .venv/ready
-	rm -rf dist build
-	$(BIN)/python -m build --wheel
+	rm -rf dist
+	$(BIN)/python -m build
 	rm -rf dist/site && $(BIN)/python -m pip install --quiet --no-deps --target dist/site dist/*.whl
 	cd dist && ../$(BIN)/python -I -c "import sys; sys.path.insert(0, 'site'); \
-	import detseg_losses, detseg_losses.integrations as i; \
+	import os, detseg_losses, detseg_losses.integrations as i; \
+	assert {n for n in os.listdir('site') if '-' not in n} == {'bin', 'detseg_losses'}; \
 	assert 'site' in detseg_losses.__file__ and 'site' in i.__file__; \
+	assert os.path.exists('site/detseg_losses/py.typed'); \
 	print(detseg_losses.build_loss('giou + 0.5*l1 + focal'))"
+	cd dist && PYTHONPATH=site ../$(BIN)/python site/bin/detseg-train-seg \
+	--config configs/seg/shapes.yaml --print_config
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv dist
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -11,6 +11,18 @@ from torch import Tensor, nn
 
 from detseg_losses.spec import LossSum
 
+if __name__ == "integrations":
+    raise ImportError("import detseg_losses.integrations: two names make two of each class")
+
+__all__ = [
+    "ADAPTERS",
+    "FAMILIES",
+    "ModelLosses",
+    "check_losses",
+    "restore_losses",
+    "use_losses",
+]
+
 _ADAPTED = {
     "smp": ["segmentation_models_pytorch.base.model.SegmentationModel"],
     "torchvision_fcos": ["torchvision.models.detection.fcos.FCOS"],

@@ -42,6 +42,9 @@ else:
     from builtins import int as Seed
     from builtins import int as Workers
 
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds ``tools`` and ``configs``: a checkout, or the installed package."""
+
 SMALLEST = 8
 """The smallest side of an image in pixels: less is a mistake, and has no pixel left when scaled."""
 
@@ -353,10 +356,20 @@ set_loader(
 
 
 class _ConfigFile(ActionConfigFile):
-    """Reads ``--config``; says which file is at fault, and what is wrong with it."""
+    """Reads ``--config``; says which file is at fault, and what is wrong with it.
+
+    The files in ``configs`` are found from every folder.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Take over the options of the file named ``values``."""
+        shipped = ROOT / values
+        if (
+            Path(values).parts[:1] == ("configs",)
+            and not Path(values).exists()
+            and shipped.exists()
+        ):
+            values = str(shipped)
         try:
             check_regular(Path(values))
             content = yaml.load(Path(values).read_text(encoding="utf-8"), Loader=_Loader)

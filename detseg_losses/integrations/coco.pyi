@@ -1,0 +1,1 @@
+from integrations.coco import *

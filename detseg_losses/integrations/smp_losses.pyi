@@ -1,0 +1,1 @@
+from integrations.smp_losses import *

@@ -1,0 +1,1 @@
+from integrations.torchvision_retinanet import *

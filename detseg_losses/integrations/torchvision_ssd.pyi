@@ -1,0 +1,1 @@
+from integrations.torchvision_ssd import *

@@ -1,0 +1,1 @@
+from integrations.transformers_detection import *
