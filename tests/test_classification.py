@@ -607,6 +607,8 @@ def test_binary_masks_without_a_channel() -> None:
         ({"class_weights": [1.0] * 6}, r"\(6,\) for 5 classes"),
         ({"reduction": "avg"}, "reduction must be one of"),
         ({"weight": torch.ones(7, requires_grad=True)}, "weight requires grad"),
+        ({"weight": torch.ones(6)}, r"weight \(6,\) does not fit inputs \(7, 5\)"),
+        ({"pixel_weight": torch.ones(1, 7, 5)}, r"weight \(1, 7, 5\) does not fit"),
         ({"alpha": torch.full((5,), 0.5, requires_grad=True)}, "requires grad"),
     ],
 )

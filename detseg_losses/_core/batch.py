@@ -305,15 +305,31 @@ def detection_batch(
     scale = None
     if weight is not None:
         if weight.dim() == inputs.dim():
-            factor = channels_second(weight.expand(inputs.shape))
+            factor = channels_second(_expanded(weight, inputs.shape, inputs.shape))
         else:
-            factor = channels_second(weight.expand(places), 1)
+            factor = channels_second(_expanded(weight, places, inputs.shape), 1)
             one_an_image = weight.dim() == len(places) > 1 and weight.shape[1:].numel() == 1
             if one_an_image:
                 scale = weight.reshape(-1, 1).expand(images, 1).to(compute_dtype(inputs.dtype))
                 factor = factor != 0
         kept = factor if kept is None else factor * kept
     return Batch(x, y, kept, shape, scale=scale)
+
+
+def _expanded(weight: Tensor, shape: torch.Size, inputs: torch.Size) -> Tensor:
+    """A weight of rows or entries, broadcast.
+
+    Raises:
+        ValueError: on a shape that does not broadcast.
+    """
+    pairs = zip(reversed(weight.shape), reversed(shape), strict=False)
+    if weight.dim() > len(shape) or any(own not in (1, there) for own, there in pairs):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} does not fit inputs {tuple(inputs)}; one weight a row "
+            f"has the shape {tuple(inputs[:-1])}, one an entry {tuple(inputs)}; the logits "
+            "(B, C, *) of a segmentation model need a mode"
+        )
+    return weight.expand(shape)
 
 
 def _resolve_mode(logits: Tensor, target: Tensor, mode: Mode | None) -> Mode:
