@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from detseg_losses.memory import empty_like
 
@@ -16,8 +16,6 @@ from .checks import in_blocks
 # Elements of one block on the CPU. A block and the handful of temporaries made from it stay in
 # the caches, so that a long chain of operations reads the logits from memory once.
 BLOCK = 1 << 19
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,12 +36,13 @@ class lazy:
         return value
 
 
-def with_signature(forward: Function) -> Function:
-    """State the signature of an ``autograd.Function``'s forward, which torch asks for in each call:
-    to find it out takes as long as ten kernels on a small input.
+def followed() -> bool:
+    """Whether a compiler, ``torch.func`` or forward-mode differentiation follows each operation: it
+    then gets plain formulas.
     """
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    return forward
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0
 
 
 def has_graph(tensor: Tensor) -> bool:

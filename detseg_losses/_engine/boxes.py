@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from detseg_losses._core.blocks import has_graph
 
@@ -44,11 +43,6 @@ def steepest(dtype: torch.dtype) -> float:
     the scale of a loss.
     """
     return torch.finfo(dtype).max * torch.finfo(dtype).eps
-
-
-def transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation sees every operation by itself."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def box_losses(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detseg_losses._core.blocks import with_signature
+from detseg_losses._core.blocks import followed
 
 Numbers = tuple[float, float, float] | Tensor
 """alpha, beta and s of one loss; of T losses as a tensor ``(3, T, 1, 1)``."""
@@ -30,9 +30,9 @@ def tversky_losses(counts: Tensor, numbers: Numbers, share: Tensor) -> Tensor:
         numbers: alpha, beta and s.
         share: what each class counts in the sum, ``(b, C)``.
     """
-    if torch.compiler.is_compiling():
+    if followed():
         return plain(counts, numbers, share)
-    return _Tversky.apply(counts, numbers, share)[0]
+    return _Tversky.apply(counts, numbers, share)
 
 
 def plain(counts: Tensor, numbers: Numbers, share: Tensor) -> Tensor:
@@ -60,8 +60,7 @@ class _Tversky(torch.autograd.Function):
     """The losses, and their slopes in the counts."""
 
     @staticmethod
-    @with_signature
-    def forward(counts: Tensor, numbers: Numbers, share: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, counts: Tensor, numbers: Numbers, share: Tensor) -> Tensor:
         wrong, right = _wrong_and_right(counts, numbers)
         whole = (wrong + right).clamp_(min=LEAST)
         each = share / whole
@@ -72,19 +71,12 @@ class _Tversky(torch.autograd.Function):
         each *= right
         torch.mul(each, numbers[0], out=slopes[0])
         torch.mul(each, numbers[1], out=slopes[2])
-        return losses, slopes
+        ctx.numbers = numbers
+        ctx.save_for_backward(counts, share, slopes)
+        return losses
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        counts, ctx.numbers, share = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(counts, share, output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         counts, share, slopes = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             losses = plain(counts, ctx.numbers, share)

@@ -28,9 +28,9 @@ from detseg_losses._core.blocks import (
     Block,
     blocks,
     compute_dtype,
+    followed,
     has_graph,
     lazy,
-    with_signature,
 )
 from detseg_losses._core.checks import in_blocks
 from detseg_losses.memory import empty_like
@@ -268,14 +268,13 @@ def sigmoid_statistics(batch: Batch, wants: Wants) -> tuple[Tensor, ...]:
     if batch.dense and not target.is_floating_point() and not in_blocks(target):
         target = target.bool()
     tensors = batch.logits, target, batch.weight
-    if torch.compiler.is_compiling():
+    if followed():
         results = [*plain(*tensors, wants)]
     else:
         # Beside half precision what is kept would be twice as large.
         full = batch.logits.dtype == batch.dtype
         keep = full and has_graph(batch.logits) and wants.keeps
-        found = _Sigmoid.apply(*tensors, wants, keep, [])
-        results = [*found][: len(sums) + len(maps) + wants.counts]
+        results = [*_Sigmoid.apply(*tensors, wants, keep)]
     if batch.scale is not None:
         count = len(sums)
         results[:count] = (result * batch.scale for result in results[:count])
@@ -330,14 +329,13 @@ class _Sigmoid(torch.autograd.Function):
     """
 
     @staticmethod
-    @with_signature
     def forward(
+        ctx: Any,
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
         wants: Wants,
         keep: bool,
-        by_wrong: list[bool],
     ) -> tuple[Tensor | None, ...]:
         images, classes, _ = logits.shape
         dtype = compute_dtype(logits.dtype)
@@ -348,6 +346,7 @@ class _Sigmoid(torch.autograd.Function):
         sums = logits.new_empty(len(wants.sums), parts, images, columns, dtype=dtype)
         counts = logits.new_empty(wants.rows, parts, images, classes, dtype=dtype)
         maps: list[Tensor | None] = [None] * len(wants.maps)
+        by_wrong: list[bool] = []
         kept: tuple[Tensor, ...] = ()
         if keep and (wants.counts or cut):
             kept = (_new(logits),)
@@ -383,21 +382,14 @@ class _Sigmoid(torch.autograd.Function):
         results = [each.sum(0) if parts > 1 else each.squeeze(0) for each in sums]
         if wants.counts:
             maps.append(counts.sum(1) if parts > 1 else counts.squeeze(1))
-        return *results, *maps, *kept
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.wants, _, ctx.by_wrong = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(logits, target, weight)
         ctx.set_materialize_grads(False)
-        ctx.results = len(ctx.wants.sums) + len(ctx.wants.maps) + ctx.wants.counts
-        ctx.kept = output[ctx.results :]
-        ctx.mark_non_differentiable(*ctx.kept)
+        ctx.wants, ctx.kept, ctx.by_wrong = wants, kept, by_wrong
+        return *results, *maps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5
-        grads = grads[: ctx.results]
+        nothing = (None,) * 4
         if all(grad is None for grad in grads):
             return None, *nothing
         logits, target, weight = ctx.saved_tensors

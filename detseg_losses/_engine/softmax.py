@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detseg_losses._core.blocks import Block, blocks, compute_dtype, has_graph, with_signature
+from detseg_losses._core.blocks import Block, blocks, compute_dtype, followed, has_graph
 from detseg_losses._core.checks import in_blocks
 from detseg_losses.memory import empty_like
 
@@ -73,12 +73,12 @@ def softmax_statistics(
         class_weights: ``(C,)``, for ``smooth`` and the ``nll`` of values.
         wants: what to compute.
     """
-    if torch.compiler.is_compiling():
+    if followed():
         return plain(logits, target, weight, class_weights, wants)
     # Formulas on the maps keep those; and beside half precision p would be twice as large.
     keep = wants.counts and has_graph(logits) and logits.dtype == compute_dtype(logits.dtype)
-    *statistics, _ = _Softmax.apply(logits, target, weight, class_weights, wants, keep)
-    return SoftmaxStatistics(*statistics)
+    found = _Softmax.apply(logits, target, weight, class_weights, wants, keep)
+    return SoftmaxStatistics(*found)
 
 
 def plain(
@@ -141,8 +141,8 @@ class _Softmax(torch.autograd.Function):
     """The statistics, and the probabilities where they are kept for backward."""
 
     @staticmethod
-    @with_signature
     def forward(
+        ctx: Any,
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
@@ -166,22 +166,15 @@ class _Softmax(torch.autograd.Function):
                 None if smooth is None else tile.of(smooth),
                 counts[:, tile.part, tile.rows] if rows else None,
             )
-        return nll, smooth, _of_parts(counts) if rows else None, p
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.wants, _ = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(logits, target, weight, class_weights)
         ctx.set_materialize_grads(False)
-        ctx.p = output[-1]
-        if ctx.p is not None:
-            ctx.mark_non_differentiable(ctx.p)
+        ctx.wants, ctx.p = wants, p
+        return nll, smooth, _of_parts(counts) if rows else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
         logits, target, weight, class_weights = ctx.saved_tensors
-        grads = grads[:-1]
         if all(grad is None for grad in grads):
             return None, *nothing
         if torch.is_grad_enabled():  # a graph of the gradient is wanted

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from detseg_losses._core.blocks import compute_dtype, with_signature
+from detseg_losses._core.blocks import compute_dtype, followed
 from detseg_losses._core.checks import POSITIVE, Choice, check_tensors, checked
 from detseg_losses._core.module import Loss, options_of, register
 from detseg_losses._core.reduction import reduce
-from detseg_losses._engine.boxes import Kind, box_losses, least, steepest, transformed, wide
+from detseg_losses._engine.boxes import Kind, box_losses, least, steepest, wide
 
 IoUMode = Literal["linear", "log", "square"]
 
@@ -476,7 +476,7 @@ def _kernel_loss(
         return pair.reduce(_FORMULAS[kind](pair))
 
     boxes1, boxes2 = _checked(boxes1, boxes2, validate)
-    if torch.compiler.is_compiling() or transformed():
+    if followed():
         return reduce(formula(boxes1, boxes2), reduction)
     return reduce(box_losses(kind, boxes1, boxes2, eps, formula), reduction)
 
@@ -500,13 +500,9 @@ class _Widen(torch.autograd.Function):
     """Boxes in the dtype to compute in; their gradient in their own, bounded to be finite there."""
 
     @staticmethod
-    @with_signature
-    def forward(boxes: Tensor) -> Tensor:
+    def forward(ctx: Any, boxes: Tensor) -> Tensor:
+        ctx.dtype = boxes.dtype
         return boxes.to(wide(boxes), copy=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -517,7 +513,7 @@ class _Widen(torch.autograd.Function):
 def _widened(boxes: Tensor) -> Tensor:
     # torch.func and forward mode have no rule for a class with a backward of its own; there the
     # gradient of boxes below 1e-31 may overflow.
-    if not torch.compiler.is_compiling() and transformed():
+    if not torch.compiler.is_compiling() and followed():
         return boxes.to(wide(boxes))
     return _Widen.apply(boxes)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from detseg_losses._core.batch import Batch, segmentation_batch
-from detseg_losses._core.blocks import lazy, with_signature
+from detseg_losses._core.blocks import followed, lazy
 from detseg_losses._core.checks import POSITIVE, Absent, Mode, checked
 from detseg_losses._core.distribution import processes, world_sum
 from detseg_losses._core.module import FormulaLoss, options_of, register
@@ -333,7 +333,7 @@ class Tversky(RegionFormula):
     smooth: float
 
     def of_classes(self, r: Regions) -> Tensor:
-        return _Share.apply(self.alpha * r.fp + self.beta * r.fn, r.tp + self.smooth)
+        return _share(self.alpha * r.fp + self.beta * r.fn, r.tp + self.smooth)
 
 
 def dice(smooth: float) -> Tversky:
@@ -391,7 +391,7 @@ class GeneralisedDice(RegionFormula):
             weights = weights * r.class_weights
         wrong = (weights * (r.fp + r.fn)).sum(-1, keepdim=True)
         right = (weights * 2 * r.tp).sum(-1, keepdim=True)
-        return _Share.apply(wrong, right).expand_as(r.tp)
+        return _share(wrong, right).expand_as(r.tp)
 
     def weights(self, r: Regions) -> Tensor:
         # The class weights of what is present are in the ratio already.
@@ -409,17 +409,18 @@ class MCC(RegionFormula):
         return 1 - (tp * tn - fp * fn) / scale
 
 
+def _share(part: Tensor, rest: Tensor) -> Tensor:
+    """``part / (part + rest)``, 0 of nothing."""
+    return divide(part, part + rest) if followed() else _Share.apply(part, rest)
+
+
 class _Share(torch.autograd.Function):
-    """``part / (part + rest)``, 0 of nothing, with slopes that do not cancel where it is near 1."""
+    """The same with slopes that do not cancel where it is near 1."""
 
     @staticmethod
-    @with_signature
-    def forward(part: Tensor, rest: Tensor) -> Tensor:
+    def forward(ctx: Any, part: Tensor, rest: Tensor) -> Tensor:
+        ctx.save_for_backward(part, rest)
         return divide(part, part + rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from detseg_losses._core.batch import Batch, segmentation_batch
-from detseg_losses._core.blocks import with_signature
+from detseg_losses._core.blocks import followed
 from detseg_losses._core.checks import FACTORS, Mode, checked
 from detseg_losses._core.distribution import gather, processes
 from detseg_losses._core.module import FormulaLoss, options_of, register
@@ -253,7 +253,7 @@ class LikelihoodFormula(PixelFormula):
     def values(self, s: Pixels) -> Tensor:
         if s.batch.dense:
             raise ValueError(f"{self.name!r} needs class indices; use 'ce'")
-        return _Evaluate.apply(s.nll, self)
+        return self.value(s.nll) if followed() else _Evaluate.apply(s.nll, self)
 
 
 @dataclass(frozen=True)
@@ -320,14 +320,10 @@ class _Evaluate(torch.autograd.Function):
     """A formula on a map of which nothing but the map itself is kept for backward."""
 
     @staticmethod
-    @with_signature
-    def forward(nll: Tensor, formula: LikelihoodFormula) -> Tensor:
-        return formula.value(nll)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        nll, ctx.formula = inputs
+    def forward(ctx: Any, nll: Tensor, formula: LikelihoodFormula) -> Tensor:
+        ctx.formula = formula
         ctx.save_for_backward(nll)
+        return formula.value(nll)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
