@@ -308,8 +308,9 @@ def plain(
     if not wants.counts:
         return *sums, *maps
     p, y = x.sigmoid(), y.to(x.dtype)
-    terms = [p * (1 - y), p * y, (1 - p) * y, y] + ([p * p] if wants.squares else [])
-    return *sums, *maps, torch.stack([weighted(term).sum(-1) for term in terms])
+    terms = [p * (1 - y), p * y, (1 - p) * y] + ([p * p] if wants.squares else [])
+    fp, tp, fn, *squares = (weighted(term).sum(-1) for term in terms)
+    return *sums, *maps, torch.stack([fp, tp, fn, (tp + fn).detach(), *squares])
 
 
 def _blocks(logits: Tensor) -> list[Block]:

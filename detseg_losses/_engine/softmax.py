@@ -93,25 +93,29 @@ def plain(
     ignored = None if weight is None else weight == 0
     if ignored is not None:
         x = torch.where(ignored, 0, x)  # where it may even be NaN
-    log_p = x.log_softmax(1)
-    p = log_p.exp()
+    # Not torch's own softmax: compiled, its gradient writes and reads as much as the logits again.
+    x = x - x.detach().amax(1, keepdim=True)
+    total = x.exp().sum(1, keepdim=True)
+    log_p, p = x - total.log(), x.exp() / total
     index = _index(target, ignored)
     if index is None:
         y = target.to(x.dtype)
     else:  # compared, which a compiler fuses with all else
-        y = (index == torch.arange(x.shape[1], device=x.device).unsqueeze(1)).to(x.dtype)
+        classes = torch.arange(x.shape[1], device=x.device)
+        y = (index == classes.unsqueeze(1)).to(x.dtype)
     nll = smooth = counts = None
     if wants.nll:
         weights = class_weights if index is None else None
         nll = _expected(log_p, _weighted(y, weights), ignored)
         if index is not None:  # 0, but a look-up stops at labels that do not exist
-            nll = nll + log_p.detach().gather(1, index).clamp(0, 0).squeeze(1)
+            nll = nll + (classes.gather(0, index.flatten()).view_as(index) - index).squeeze(1)
     if wants.smooth:
         smooth = _expected(log_p, _weighted(torch.ones_like(y), class_weights), ignored)
     if wants.counts:
-        terms = [(1 - y) * p, y * p, y * (1 - p), y] + ([p * p] if wants.squares else [])
+        terms = [(1 - y) * p, y * p, y * (1 - p)] + ([p * p] if wants.squares else [])
         w = 1 if weight is None else weight
-        counts = torch.stack([(term * w).sum(-1) for term in terms])
+        fp, tp, fn, *squares = ((term * w).sum(-1) for term in terms)
+        counts = torch.stack([fp, tp, fn, (tp + fn).detach(), *squares])
     return SoftmaxStatistics(nll, smooth, counts)
 
 
