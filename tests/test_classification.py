@@ -679,3 +679,30 @@ def test_alpha_of_classes_is_checked():
     for alpha in ([0.25, 1.5], torch.tensor(1.5)):
         with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
             sigmoid_focal_loss(torch.zeros(3, 2), torch.zeros(3, 2), alpha=alpha)
+
+
+@pytest.mark.parametrize("target", ["index", "dense"])
+@pytest.mark.parametrize("loss", [sigmoid_focal_loss, binary_cross_entropy_loss])
+def test_threads_may_change_before_backward(loss: Any, target: str) -> None:
+    """The blocks depend on their number."""
+    x = logits(2500, 80).float().requires_grad_()
+    y = indices(-2, 80, 2500) if target == "index" else values(2500, 80).round().float()
+    (expected,) = torch.autograd.grad(loss(x, y, reduction="sum"), x)
+    threads = torch.get_num_threads()
+    try:
+        for before, after in ((1, 2), (2, 1)):
+            torch.set_num_threads(before)
+            total = loss(x, y, reduction="sum")
+            torch.set_num_threads(after)
+            (got,) = torch.autograd.grad(total, x)
+            torch.testing.assert_close(got, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_logits_of_inference_mode_have_a_loss() -> None:
+    with torch.inference_mode():
+        x = torch.zeros(3, 2)
+    soft = torch.full((3, 2), 0.5)
+    value = binary_cross_entropy_loss(x, soft, pos_weight=2.0)
+    assert value.item() == pytest.approx(1.5 * math.log(2))

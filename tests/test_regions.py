@@ -12,6 +12,7 @@ from torch import Tensor
 
 import references
 from detseg_losses import (
+    build_loss,
     dice_loss,
     f1_loss,
     focal_tversky_loss,
@@ -491,3 +492,25 @@ def test_a_class_that_fills_the_images_has_no_false_positives(classes):
         target = torch.full((1, 1, 3), seed % classes)
         loss = tversky_loss(logits, target, alpha=1, beta=0)
         assert loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gap", [60, 100, 120])
+def test_a_pixel_that_is_quite_wrong_has_a_finite_gradient(dtype: torch.dtype, gap: int) -> None:
+    """Its likelihood underflows, also where backward computes it again."""
+    x = torch.zeros(1, 3, 4, 4, dtype=dtype)
+    x[0, 1, 0, 0] = gap
+    x.requires_grad_()
+    loss = build_loss("ce+dice")(x, torch.zeros(1, 4, 4, dtype=torch.long))
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert first[0, 1, 0, 0].item() == pytest.approx(1 / 16)
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=0)
+
+
+def test_a_backward_pass_under_autocast_keeps_the_digits() -> None:
+    x = torch.randn(2, 4, 32, 32, requires_grad=True)
+    y, loss = torch.randint(4, (2, 32, 32)), build_loss("dice+jaccard")
+    (expected,) = torch.autograd.grad(loss(x, y), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(loss(x, y), x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)

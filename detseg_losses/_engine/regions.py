@@ -81,6 +81,6 @@ class _Tversky(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             losses = plain(counts, ctx.numbers, share)
             return *torch.autograd.grad(losses, counts, grad, create_graph=True), None, None
-        if len(grad) == 1:
-            return slopes[:, 0] * grad, None, None
-        return torch.einsum("t,ktbc->kbc", grad, slopes), None, None
+        # Not as a matrix product, which autocast and TF32 would round.
+        slopes = slopes * grad[:, None, None]
+        return slopes.sum(1) if len(grad) > 1 else slopes.squeeze(1), None, None

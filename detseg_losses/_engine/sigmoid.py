@@ -318,10 +318,6 @@ def _blocks(logits: Tensor) -> list[Block]:
     return blocks(logits, torch.get_num_threads() / 4)
 
 
-def _cut(logits: Tensor) -> bool:
-    return len(_blocks(logits)) > 1
-
-
 class _Sigmoid(torch.autograd.Function):
     """The statistics, and what is kept for backward.
 
@@ -385,7 +381,8 @@ class _Sigmoid(torch.autograd.Function):
             maps.append(counts.sum(1) if parts > 1 else counts.squeeze(1))
         ctx.save_for_backward(logits, target, weight)
         ctx.set_materialize_grads(False)
-        ctx.wants, ctx.kept, ctx.by_wrong = wants, kept, by_wrong
+        # The blocks depend on the number of threads, which may change.
+        ctx.tiles, ctx.wants, ctx.kept, ctx.by_wrong = tiles, wants, kept, by_wrong
         return *results, *maps
 
     @staticmethod
@@ -395,13 +392,13 @@ class _Sigmoid(torch.autograd.Function):
             return None, *nothing
         logits, target, weight = ctx.saved_tensors
         wants: Wants = ctx.wants
+        # What was kept is written over, so that another backward computes it again.
+        kept, ctx.kept = ctx.kept, ()
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             pairs = zip(plain(logits, target, weight, wants), grads, strict=True)
             outputs, factors = zip(*((s, g) for s, g in pairs if g is not None), strict=True)
             return *torch.autograd.grad(outputs, logits, factors, create_graph=True), *nothing
-        # What was kept is written over, so that another backward computes it again.
-        kept, ctx.kept = ctx.kept, ()
-        cut = _cut(logits)
+        cut = len(ctx.tiles) > 1
         count = len(wants.sums)
         if kept and cut and not wants.counts:
             (result,), (factor,) = kept, grads
@@ -412,7 +409,7 @@ class _Sigmoid(torch.autograd.Function):
         factors = *(g if g is None else g.unsqueeze(-1) for g in grads[:count]), *grads[count:]
         p = kept[0] if wants.counts and kept else None
         result = p
-        for index, tile in enumerate(_blocks(logits)):
+        for index, tile in enumerate(ctx.tiles):
             block = _Block(tile, logits, target, weight)
             place = None
             if wants.counts:
@@ -427,6 +424,7 @@ class _Sigmoid(torch.autograd.Function):
                     more = evaluation.gradient(own, tile.of(factor))
                     gradient = more if gradient is None else gradient.add_(more)
             if wants.counts and factors[-1] is not None:
+                # Last, for it is written over the probabilities that formulas read.
                 more = block.gradient_of_counts(place, factors[-1][:, tile.rows])
                 gradient = more if gradient is None else more.add_(gradient)
             assert gradient is not None
@@ -603,7 +601,7 @@ class _Block:
         assert self.y is not None
         fp, tp, fn, _, *squares = counts.unsqueeze(-1)
         # Not fp + y (tp - fn - fp), for one may be a million times the other.
-        of_p = lerp(fp, tp - fn, self.y.to(p.dtype))
+        of_p = self.choose(fp, tp - fn)
         for each in squares:
             of_p.addcmul_(p, each, value=2)
         if self.w is not None:
@@ -653,7 +651,7 @@ class _Evaluation:
             for values, of_entries in zip(found, others, strict=True):
                 values[where] = of_entries
         if block.ignored is not None and block.w is None:
-            found = tuple(each.masked_fill(block.ignored, 0) for each in found)
+            found = tuple(each.masked_fill_(block.ignored, 0) for each in found)
         return found
 
     def add_up(self, values: tuple[Tensor, ...], out: Tensor) -> None:

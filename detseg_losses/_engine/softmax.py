@@ -30,7 +30,7 @@ an image costs a copy of it.
 """
 
 LEAST = -60.0
-"""Log likelihoods below it are taken for it where a gradient is divided by the likelihood."""
+"""The floor of log likelihoods, where a gradient is divided by the likelihood."""
 
 
 class Wants(NamedTuple):
@@ -172,7 +172,7 @@ class _Softmax(torch.autograd.Function):
             )
         ctx.save_for_backward(logits, target, weight, class_weights)
         ctx.set_materialize_grads(False)
-        ctx.wants, ctx.p = wants, p
+        ctx.wants, ctx.p, ctx.tiles = wants, p, tiles
         return nll, smooth, _of_parts(counts) if rows else None
 
     @staticmethod
@@ -181,22 +181,22 @@ class _Softmax(torch.autograd.Function):
         logits, target, weight, class_weights = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return None, *nothing
+        # The gradient is written over p, so that another backward computes p again.
+        p, ctx.p = ctx.p, None
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             statistics = plain(logits, target, weight, class_weights, ctx.wants)
             pairs = [(s, g) for s, g in zip(statistics, grads, strict=True) if g is not None]
             outputs, factors = zip(*pairs, strict=True)
             return *torch.autograd.grad(outputs, logits, factors, create_graph=True), *nothing
-        # The gradient is written over p, so that another backward computes p again.
-        p, ctx.p = ctx.p, None
         known = p is not None
         in_place = logits.is_contiguous() and logits.dtype == compute_dtype(logits.dtype)
         if in_place and p is None:
             p = _new(logits)
         result = p if in_place and p is not None else torch.empty_like(logits)
-        for tile in blocks(logits, *BLOCKS):
+        for tile in ctx.tiles:
             block = _Block(tile, logits, target, weight, class_weights, p)
             if not known:
-                block.forward(None, None, None)
+                block.forward(None, None, None, floor=ctx.wants.nll and ctx.wants.counts)
             nll, smooth, counts = grads
             block.backward(
                 None if nll is None else tile.of(nll),
@@ -254,8 +254,16 @@ class _Block:
         y: Any = self.y if nll else self.p.new_ones(self.p.shape[1], 1)
         return y if self.class_weights is None else y * self.class_weights.unsqueeze(1)
 
-    def forward(self, nll: Tensor | None, smooth: Tensor | None, counts: Tensor | None) -> None:
-        """Write the maps ``(b, n)``, the counts ``(4 or 5, b, C)``, and the probabilities."""
+    def forward(
+        self,
+        nll: Tensor | None,
+        smooth: Tensor | None,
+        counts: Tensor | None,
+        floor: bool = False,
+    ) -> None:
+        """Write the maps ``(b, n)``, the counts ``(4 or 5, b, C)``, and the probabilities; those of
+        the labels not below a floor where counts are wanted, or where it is asked for.
+        """
         p = self.p
         log_p = torch.log_softmax(self.x, 1, dtype=p.dtype, out=p if p.is_contiguous() else None)
         at_label = None if self.index is None else log_p.gather(1, self.index)
@@ -266,6 +274,9 @@ class _Block:
         if smooth is not None:
             smooth.copy_(_expected(log_p, self.likely(False), self.ignored))
         torch.exp(log_p, out=p)
+        if floor and at_label is not None:
+            assert self.index is not None
+            p.scatter_(1, self.index, at_label.clamp(min=LEAST).exp_())
         if self.ignored is not None:
             p.masked_fill_(self.ignored, 0)
         if counts is not None:

@@ -489,7 +489,8 @@ class Regions:
         if self.batch.dense:
             rest = replace(self.batch, target=1 - self.batch.target.to(self.batch.dtype))
             return self.pool(ground_truth(rest))
-        others = 1 - torch.eye(self.true.shape[-1]).to(self.true)
+        classes = self.true.shape[-1]
+        others = 1 - torch.eye(classes, dtype=self.true.dtype, device=self.true.device)
         return (self.true.unsqueeze(-2) * others).sum(-1)  # autocast would round a matrix product
 
     @lazy

@@ -338,8 +338,10 @@ class CrossEntropy(Symmetric):
         return torch.ops.aten.softplus_backward(factor, kept, 1, 40)
 
     def quick(self, x: Tensor, y: Label) -> Tensor:
-        if self.weighted or not isinstance(y, Tensor):
+        if not isinstance(y, Tensor):
             return super().quick(x, y)
+        if self.weighted:
+            return self.value(x, y)
         return log_1p_exp(x).addcmul_(x, y, value=-1)
 
     def slope(self, x: Tensor, y: Label) -> Tensor:
@@ -555,12 +557,14 @@ def _map(formula: Formula, batch: Batch, class_weights: Any) -> Tensor:
 def _reduce(
     sums: Tensor, batch: Batch, class_weights: Any, reduction: str, per_image: bool, sync: bool
 ) -> Tensor:
-    if class_weights is not None:
-        sums = sums * batch.per_class(class_weights)
+    weights = batch.per_class(class_weights)
+    if weights is not None:
+        sums = sums * weights
     if reduction == "sum":
         total, count = sums.sum(), processes(sync)
         return total if count == 1 else total * count
-    counts = (batch.valid() * _each(batch, class_weights)).sum(-1)
+    counts = batch.valid() if weights is None else batch.valid() * weights
+    counts = counts.sum(-1)
     return mean_of_sums(sums.sum(-1), counts, per_image=per_image, sync=sync)
 
 
