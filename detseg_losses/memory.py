@@ -33,6 +33,11 @@ def reuse(enabled: bool) -> None:
 
     Args:
         enabled: False lets go of what is held, and leaves memory to torch from now on.
+
+    Examples:
+        >>> from detseg_losses import memory
+        >>> memory.reuse(False)
+        >>> memory.reuse(True)
     """
     global spare
     spare = deque(maxlen=int(enabled))

@@ -30,6 +30,14 @@ class Loss(nn.Module):
         TypeError: on an option that the function does not have, a value that is not True or False
             where one is wanted, or a ramp for what is not a number.
         ValueError: on a value that the option cannot have, see :data:`._core.checks.RULES`.
+
+    Examples:
+        >>> criterion = DiceLoss(smooth=1.0, ignore_index=255)
+        >>> criterion
+        dice(smooth=1.0, ignore_index=255)
+        >>> logits, target = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
+        >>> criterion(logits, target)
+        tensor(0.4971)
     """
 
     name: ClassVar[str]

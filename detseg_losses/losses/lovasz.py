@@ -49,6 +49,12 @@ def lovasz_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[[0, 0, 1, 1]]])  # one image of one row
+        >>> logits = torch.tensor([[[[-3.0, -3.0, 3.0, -3.0]]]])  # half of the object is missing
+        >>> lovasz_loss(logits, target)
+        tensor(2.)
     """
     batch = region_batch(logits, target, options)
     y = batch.masks()

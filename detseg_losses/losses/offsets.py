@@ -28,6 +28,12 @@ def l1_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
 
     Raises:
         ValueError: on shapes that differ.
+
+    Examples:
+        >>> offsets = torch.tensor([[0.1, -0.2, 0.5, 3.0]])
+        >>> targets = torch.zeros(1, 4)
+        >>> l1_loss(offsets, targets)
+        tensor(0.9500)
     """
     return reduce(_difference(inputs, targets).abs(), reduction)
 
@@ -50,6 +56,12 @@ def smooth_l1_loss(
 
     Raises:
         ValueError: on shapes that differ or a negative beta.
+
+    Examples:
+        >>> offsets = torch.tensor([[0.1, -0.2, 0.5, 3.0]])
+        >>> targets = torch.zeros(1, 4)
+        >>> smooth_l1_loss(offsets, targets, reduction="none", beta=0.5)
+        tensor([[0.0100, 0.0400, 0.2500, 2.7500]])
     """
     if beta == 0:
         return l1_loss(inputs, targets, reduction)
@@ -72,6 +84,12 @@ def mse_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor
 
     Raises:
         ValueError: on shapes that differ.
+
+    Examples:
+        >>> offsets = torch.tensor([[0.1, -0.2, 0.5, 3.0]])
+        >>> targets = torch.zeros(1, 4)
+        >>> mse_loss(offsets, targets, reduction="none")
+        tensor([[0.0100, 0.0400, 0.2500, 9.0000]])
     """
     return reduce(_difference(inputs, targets).square(), reduction)
 
@@ -97,6 +115,12 @@ def huber_loss(
 
     Raises:
         ValueError: on shapes that differ or a delta that is not positive.
+
+    Examples:
+        >>> offsets = torch.tensor([[0.1, -0.2, 0.5, 3.0]])
+        >>> targets = torch.zeros(1, 4)
+        >>> huber_loss(offsets, targets, reduction="none", delta=0.5)
+        tensor([[0.0050, 0.0200, 0.1250, 1.3750]])
     """
     size = _size(inputs, targets)
     return reduce(
@@ -133,6 +157,12 @@ def balanced_l1_loss(
     Raises:
         ValueError: on shapes that differ, an alpha or gamma that is not positive, or more than 80
             times alpha as gamma.
+
+    Examples:
+        >>> offsets = torch.tensor([[0.1, -0.2, 0.5, 3.0]])
+        >>> targets = torch.zeros(1, 4)
+        >>> balanced_l1_loss(offsets, targets, reduction="none")
+        tensor([[0.0314, 0.0984, 0.4006, 4.0786]])
     """
     if gamma > 80 * alpha:
         raise ValueError(f"gamma must be at most 80 alpha, or b overflows: {alpha}, {gamma}")
@@ -159,6 +189,12 @@ def log_cosh_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
     Raises:
         ValueError: on shapes that differ.
+
+    Examples:
+        >>> offsets = torch.tensor([[0.1, -0.2, 0.5, 3.0]])
+        >>> targets = torch.zeros(1, 4)
+        >>> log_cosh_loss(offsets, targets, reduction="none")
+        tensor([[0.0050, 0.0199, 0.1201, 2.3093]])
     """
     size = _size(inputs, targets)
     # Each keeps its digits where the other one loses them.
@@ -184,6 +220,13 @@ def distribution_focal_loss(inputs: Tensor, targets: Tensor, reduction: str = "m
 
     Raises:
         ValueError: on shapes that do not fit.
+
+    Examples:
+        >>> logits = torch.tensor([[0.0, 0.0, 4.0, 4.0, 0.0]])  # between bins 2 and 3
+        >>> distribution_focal_loss(logits, torch.tensor([2.5]))
+        tensor(0.7202)
+        >>> distribution_focal_loss(logits, torch.tensor([0.0]))
+        tensor(4.7203)
     """
     check_tensors(inputs=inputs, targets=targets)
     if inputs.dim() == 0 or inputs.shape[:-1] != targets.shape or inputs.shape[-1] == 0:
