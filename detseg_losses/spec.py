@@ -612,9 +612,11 @@ class LossSum(nn.Module):
         self.groups = self._groups() if self.kind == "segmentation" else []
 
     def forward(self, prediction: Any, target: Tensor, **call: Any) -> Tensor:
-        """The sum; ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves, and
-        what single terms take, such as ``distance``. For segmentation the two are one: the weight
-        of each pixel, ``(B, *)``.
+        """The sum of the weighted terms.
+
+        ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves, and what single
+        terms take, such as ``distance``. For segmentation the two are one: the weight of each
+        pixel, ``(B, *)``.
 
         Raises:
             ValueError: where both are given.
@@ -646,8 +648,10 @@ class LossSum(nn.Module):
         return values
 
     def record(self, values: dict[str, Tensor]) -> None:
-        """Hold the detached values of a call. In training it is where one warning is given of a
-        ramp that does not go on, and of learned weights that no checkpoint will have.
+        """Hold the detached values of a call.
+
+        In training it is where one warning is given of a ramp that does not go on, and of learned
+        weights that no checkpoint will have.
         """
         self.values = values
         if torch.compiler.is_compiling() or self._calls is None:

@@ -33,8 +33,9 @@ def boundary_loss(
     spacing: Tensor | Sequence[float] | float = 1.0,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
-    r"""The mean over the pixels of the probability times the signed distance to the boundary of
-    each class (Kervadec et al., arXiv:1812.07032).
+    r"""The mean of the probability times the signed distance to the boundary of each class.
+
+    From Kervadec et al., arXiv:1812.07032, over the pixels:
 
     .. math:: \frac{1}{P} \sum_i p_i\, \phi_i
 

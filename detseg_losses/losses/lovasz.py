@@ -30,8 +30,7 @@ def lovasz_loss(
     target: Tensor,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
-    r"""The Lovász extension of one minus the Jaccard index of each class (Berman et al.,
-    arXiv:1705.08790).
+    r"""The Lovász extension of the Jaccard loss of each class (Berman et al., arXiv:1705.08790).
 
     .. math:: \sum_i m_{\pi_i} \left(J(\{\pi_1 \dots \pi_i\}) - J(\{\pi_1 \dots \pi_{i-1}\})\right)
 
@@ -103,8 +102,9 @@ def _factors(batch: Batch, per_image: bool, sync: bool) -> Tensor:
 
 
 def jaccard_slopes(errors: Tensor, hits: Tensor, misses: Tensor) -> Tensor:
-    """How fast the Jaccard loss grows with the weight of each pixel as the pixels turn wrong, those
-    of large errors first.
+    """How fast the Jaccard loss grows with each pixel that turns wrong, of large errors first.
+
+    It is the slope by the weight of the pixel.
 
     Args:
         errors: ``(*, N)``.

@@ -1,5 +1,6 @@
-"""Losses of encoded box offsets, or of any numbers that should be equal to their targets, and of
-distributions over such numbers.
+"""Losses of encoded box offsets, and of distributions over them.
+
+They serve any numbers that should be equal to their targets.
 """
 
 from __future__ import annotations
@@ -98,14 +99,14 @@ def mse_loss(inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor
 def huber_loss(
     inputs: Tensor, targets: Tensor, reduction: str = "mean", delta: float = 1.0
 ) -> Tensor:
-    r"""Half the squared error, linear above delta (Huber, Robust Estimation of a Location
-    Parameter, Annals of Mathematical Statistics 35, 1964).
+    r"""Half the squared error, linear above delta (Huber, 1964).
 
     .. math:: d^2 / 2 \text{ where } d = |x - y| < \delta, \text{ else } \delta (d - \delta / 2)
 
     For targets with outliers, whose gradient is at most delta. It is delta times
     :func:`smooth_l1_loss` with ``beta=delta``: near 0 it does not change with delta, which changes
-    what large errors count.
+    what large errors count. The paper is Robust Estimation of a Location Parameter, Annals of
+    Mathematical Statistics 35.
 
     Args:
         inputs: predicted offsets, ``(*)``.

@@ -339,8 +339,7 @@ def mcc_loss(
     smooth: float = 1e-5,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
-    r"""One minus the Matthews correlation coefficient of each class (Abhishek and Hamarneh,
-    arXiv:2010.13454).
+    r"""One minus the Matthews correlation of each class (Abhishek and Hamarneh, arXiv:2010.13454).
 
     .. math:: 1 - \frac{TP\, TN - FP\, FN}
         {\sqrt{(TP + FP)(TP + FN)(TN + FP)(TN + FN)}}
@@ -491,8 +490,9 @@ class _Share(torch.autograd.Function):
 
 
 class Regions:
-    """Soft counts of each class, of each image or pooled to one, ``(b, C)``, and what becomes of
-    the losses of the classes.
+    """Soft counts of each class, and what becomes of the losses of the classes.
+
+    They are of each image, or pooled to one, ``(b, C)``.
 
     Attributes:
         counts: FP, TP, FN, the ground truth and perhaps sums of squares, ``(4 or 5, b, C)``.
