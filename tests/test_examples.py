@@ -2,20 +2,29 @@
 
 import doctest
 import inspect
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import detseg_losses
-from detseg_losses import memory
+from detseg_losses import integrations, memory
+from detseg_losses.integrations import torchvision_ops
 
-ASSUMED = {"torch": torch} | {name: getattr(detseg_losses, name) for name in detseg_losses.__all__}
-"""What every example may use without an import, as the package's docstring says."""
 
-DOCUMENTED = [getattr(detseg_losses, name) for name in detseg_losses.__all__ if name != "LOSSES"]
-PUBLIC = [
-    *[each for each in DOCUMENTED if "function" not in vars(each)],  # else that has the example
-    memory.reuse,
+def public(package):
+    """The public names of a package that can have a docstring."""
+    found = {name: getattr(package, name) for name in package.__all__}
+    return {name: each for name, each in found.items() if callable(each)}
+
+
+DOCUMENTED = public(detseg_losses).values()
+CASES = [
+    # The module form of a loss is documented from its function, which has the example.
+    *[(each, detseg_losses) for each in DOCUMENTED if "function" not in vars(each)],
+    *[(each, integrations) for each in public(integrations).values()],
+    *[(each, torchvision_ops) for each in public(torchvision_ops).values()],
+    (memory.reuse, detseg_losses),
 ]
 
 
@@ -23,13 +32,22 @@ def name_of(documented):
     return f"{documented.__module__}.{documented.__qualname__}".removeprefix("detseg_losses.")
 
 
-@pytest.mark.parametrize("documented", PUBLIC, ids=name_of)
-def test_example(documented, capsys):
-    """There is one, and it prints what it says."""
+@pytest.mark.parametrize(
+    ("documented", "package"), CASES, ids=[name_of(documented) for documented, _ in CASES]
+)
+def test_example(documented, package, capsys):
+    """There is one, and it prints what it says.
+
+    It may use torch and the public names of its package without importing them, as the package's
+    docstring says.
+    """
     text = inspect.getdoc(documented)
     assert text.count("Examples:\n") == 1
-    name = name_of(documented)
-    test = doctest.DocTestParser().get_doctest(text, dict(ASSUMED), name, None, None)
+    if "from torchvision" in text and find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    test = doctest.DocTestParser().get_doctest(
+        text, {"torch": torch} | public(package), name_of(documented), None, None
+    )
     assert test.examples
     result = doctest.DocTestRunner().run(test)
     assert not result.failed, capsys.readouterr().out
