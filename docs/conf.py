@@ -122,10 +122,13 @@ def finish_docstring(
 
 
 def mathml(formula: str, display: str) -> str:
-    """A formula in the browser's own language; what bars stand between is not set apart."""
-    bar = '<mo stretchy="false">&#x0007C;</mo>'
-    spaced = bar.replace("<mo", '<mo lspace="0" rspace="0"')
-    return str(convert(formula, display=display)).replace(bar, spaced)
+    """A formula in the browser's own language, spaced as it would be in print."""
+    bar, tight = (f"<mo{space} stretchy" for space in ("", ' lspace="0" rspace="0"'))
+    text = str(convert(formula, display=display))
+    text = text.replace(f'{bar}="false">&#x0007C;', f'{tight}="false">&#x0007C;')
+    return re.sub(
+        r"(<mi>(?:arctan|cos|cosh|log|sin)</mi>)(?=<m[in])", r'\1<mspace width="0.2em"/>', text
+    )
 
 
 def visit_math(self: Any, node: nodes.math) -> None:

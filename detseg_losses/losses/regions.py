@@ -78,12 +78,12 @@ def dice_loss(
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
 
     Examples:
-        >>> logits = torch.tensor([[[9.0, 9, 0, 0, 0], [0, 0, 9, 9, 0], [0, 0, 0, 0, 9]]])  # logits
+        >>> logits = torch.tensor([[[4.0, 4, 0, 0, 0], [0, 0, 4, 4, 0], [0, 0, 0, 0, 4]]])  # logits
         >>> target = torch.tensor([[0, 0, 1, 2, 255]])  # the fourth pixel is predicted wrong
         >>> dice_loss(logits, target, ignore_index=255)
-        tensor(0.4445)
+        tensor(0.4477)
         >>> dice_loss(logits, target, ignore_index=255, reduction="none")  # of each class
-        tensor([1.8505e-04, 3.3344e-01, 9.9975e-01])
+        tensor([0.0267, 0.3492, 0.9670])
     """
     return _region_loss(dice(smooth), logits, target, **options)
 
