@@ -33,6 +33,7 @@ matplotlib.rcParams |= {
     "legend.frameon": False,
     "legend.labelcolor": "#888",
     "savefig.transparent": True,
+    "path.simplify_threshold": 0.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "detseg_losses",
     "xtick.color": "#888",
@@ -188,10 +189,10 @@ def draw_overview(path: Path) -> None:
             "a negative anchor",
             "predicted probability",
             partial(of_probability, target=0),
-            "bce focal varifocal asymmetric",
+            "bce quality_focal focal asymmetric",
         ),
         ("a box", "shift in widths of the box", of_shift, "iou giou diou nwd"),
-        ("a mask", "predicted size / true size", of_size, "dice jaccard tversky mcc"),
+        ("a mask", "predicted size / true size", of_size, "dice jaccard focal_tversky mcc"),
     ]
     for axes, (title, label, curve, names) in zip(figure.subplots(1, 3), panels, strict=True):
         draw(axes, label, {name: curve(name) for name in names.split()})
