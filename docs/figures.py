@@ -33,7 +33,6 @@ matplotlib.rcParams |= {
     "legend.frameon": False,
     "legend.labelcolor": "#888",
     "savefig.transparent": True,
-    "path.simplify_threshold": 0.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "detseg_losses",
     "xtick.color": "#888",
