@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The release that the tests ran with last; pyproject.toml says which others are allowed.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-peers lint wheel clean
+.PHONY: demo test test-peers lint docs wheel clean
 
 demo: .venv/ready
 	$(BIN)/python tools/train_det.py --loss giou+focal
@@ -25,6 +25,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The site of the documentation, in build/docs; a warning is an error.
+docs: .venv/docs
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+
 # Build the sdist, the wheel from it, and use that where there is no checkout to be found.
 wheel: .venv/ready
 	rm -rf dist
@@ -40,7 +44,7 @@ wheel: .venv/ready
 	--config configs/seg/shapes.yaml --print_config
 
 clean:
-	rm -rf .venv dist
+	rm -rf .venv build dist
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -50,4 +54,8 @@ clean:
 
 .venv/peers: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable ".[peers]"
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@

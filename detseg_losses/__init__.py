@@ -1,4 +1,7 @@
-"""Dense-prediction losses for detection and segmentation, and the strings that name them."""
+"""Dense-prediction losses for detection and segmentation, and the strings that name them.
+
+The examples in the docstrings assume ``import torch`` and ``from detseg_losses import *``.
+"""
 
 from detseg_losses._core.module import LOSSES, Loss
 from detseg_losses._core.options import Ramp

@@ -47,11 +47,17 @@ class GradNorm:
     Raises:
         ValueError: where there are no parameters, or a weight is on a ramp or learned.
 
-    Example:
-        >>> balance = GradNorm(criterion, model.trunk[-1].parameters())
-        >>> terms = criterion.compute(logits, masks)
-        >>> balance.step(terms)
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> trunk, head = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 5, 1)
+        >>> images, masks = torch.rand(2, 3, 16, 16), torch.randint(5, (2, 16, 16))
+        >>> criterion = build_loss("ce + dice")
+        >>> balance = GradNorm(criterion, trunk.parameters())
+        >>> terms = criterion.compute(head(trunk(images)), masks)
+        >>> balance.step(terms)  # before backward, which frees the graph
         >>> sum(terms.values()).backward()
+        >>> criterion.scales
+        tensor([0.9750, 1.0250])
     """
 
     def __init__(

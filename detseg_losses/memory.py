@@ -28,20 +28,28 @@ memory is not to be used again.
 
 
 def reuse(enabled: bool) -> None:
-    """Switch for the whole process whether large results on the CPU use the memory of the last one
-    again, which is so at first. It holds that memory between two steps of training.
+    """Switch whether large results on the CPU use the memory of the last one again.
+
+    They do at first, which holds that memory between two steps of training. The switch is for the
+    whole process.
 
     Args:
         enabled: False lets go of what is held, and leaves memory to torch from now on.
+
+    Examples:
+        >>> from detseg_losses import memory
+        >>> memory.reuse(False)
+        >>> memory.reuse(True)
     """
     global spare
     spare = deque(maxlen=int(enabled))
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``torch.empty_like`` for tensors that are on the CPU, as the callers know. A large one takes
-    the memory that is spare, if its size is right: in training each step's gradient that of the
-    step before. Its storage cannot be resized.
+    """``torch.empty_like`` for tensors that are on the CPU, as the callers know.
+
+    A large one takes the memory that is spare, if its size is right: in training each step's
+    gradient that of the step before. Its storage cannot be resized.
     """
     size = tensor.numel() * dtype.itemsize
     if size < LARGE or not spare.maxlen or os.name != "posix":
@@ -62,8 +70,9 @@ def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keep_freed() -> None:
-    """Let glibc's malloc keep up to 32 MB that are freed, such as the temporaries of a block, and
-    not return them to the system each time. It does so once it has freed a chunk of nearly that
-    size: in training one of the activations, and where a loss runs alone this one.
+    """Let glibc's malloc keep up to 32 MB that are freed, such as the temporaries of a block.
+
+    Else it returns them to the system each time. It keeps them once it has freed a chunk of nearly
+    that size: in training one of the activations, and where a loss runs alone this one.
     """
     torch.empty(31 << 20, dtype=torch.uint8)

@@ -34,7 +34,13 @@ _LEARNED = "log_variance_"
 
 
 class SpecError(ValueError):
-    """A loss string that cannot be read; the message points at the column."""
+    """A loss string that cannot be read; the message points at the column.
+
+    Examples:
+        >>> build_loss("dise")
+        Traceback (most recent call last):
+        detseg_losses.spec.SpecError: loss 'dise', column 1: no loss 'dise'; did you mean 'dice'?
+    """
 
 
 def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
@@ -57,11 +63,13 @@ def build_loss(spec: str, kind: Kind | None = None, **defaults: Any) -> LossSum:
         SpecError: naming the column, and the nearest name.
         TypeError: where ``spec`` is not a str.
 
-    Example:
+    Examples:
         >>> criterion = build_loss("0.5*ce + dice(smooth=1)", ignore_index=255)
-        >>> loss = criterion(logits, masks)
+        >>> logits = torch.zeros(2, 3, 8, 8, requires_grad=True)
+        >>> target = torch.zeros(2, 8, 8, dtype=torch.long)
+        >>> criterion(logits, target).backward()
         >>> criterion.values
-        {'ce': tensor(0.3466), 'dice': tensor(0.5049)}
+        {'ce': tensor(0.5493), 'dice': tensor(0.4971)}
     """
     check_text(spec)
     spec = spec.strip()
@@ -555,6 +563,16 @@ class LossSum(nn.Module):
     Raises:
         SpecError: where a term cannot be given ``kind``, or has ``reduction="none"`` beside others.
         ValueError: on a weight of another type.
+
+    Examples:
+        >>> criterion = LossSum([(0.5, CrossEntropyLoss(ignore_index=255)), (1.0, DiceLoss())])
+        >>> criterion
+        0.5*ce(ignore_index=255) + dice
+        >>> logits, target = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
+        >>> criterion(logits, target)
+        tensor(1.0493)
+        >>> criterion.values
+        {'ce': tensor(0.5493), 'dice': tensor(0.5000)}
     """
 
     ramped: Tensor
@@ -594,9 +612,11 @@ class LossSum(nn.Module):
         self.groups = self._groups() if self.kind == "segmentation" else []
 
     def forward(self, prediction: Any, target: Tensor, **call: Any) -> Tensor:
-        """The sum; ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves, and
-        what single terms take, such as ``distance``. For segmentation the two are one: the weight
-        of each pixel, ``(B, *)``.
+        """The sum of the weighted terms.
+
+        ``call`` holds ``pixel_weight`` or ``weight``, as for the losses themselves, and what single
+        terms take, such as ``distance``. For segmentation the two are one: the weight of each
+        pixel, ``(B, *)``.
 
         Raises:
             ValueError: where both are given.
@@ -628,8 +648,10 @@ class LossSum(nn.Module):
         return values
 
     def record(self, values: dict[str, Tensor]) -> None:
-        """Hold the detached values of a call. In training it is where one warning is given of a
-        ramp that does not go on, and of learned weights that no checkpoint will have.
+        """Hold the detached values of a call.
+
+        In training it is where one warning is given of a ramp that does not go on, and of learned
+        weights that no checkpoint will have.
         """
         self.values = values
         if torch.compiler.is_compiling() or self._calls is None:
@@ -831,6 +853,14 @@ class CEDiceLoss(NamedSum):
 
     Raises:
         TypeError: on an option that neither loss has.
+
+    Examples:
+        >>> criterion = CEDiceLoss(dice_weight=0.5, ignore_index=255, smooth=1.0)
+        >>> criterion
+        ce(ignore_index=255) + 0.5*dice(smooth=1.0, ignore_index=255)
+        >>> logits, target = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
+        >>> criterion(logits, target)
+        tensor(1.3472)
     """
 
     parts = (CrossEntropyLoss, DiceLoss)
@@ -869,6 +899,14 @@ class ComboLoss(NamedSum):
     Raises:
         ValueError: on an alpha outside of [0, 1], or a beta that is not between 0 and 1.
         TypeError: on an option that neither loss has.
+
+    Examples:
+        >>> criterion = ComboLoss(alpha=0.5, beta=0.7)
+        >>> logits, target = torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
+        >>> criterion(logits, target)
+        tensor(0.1040)
+        >>> list(criterion.values)
+        ['bce', 'dice']
     """
 
     parts = (BCELoss, DiceLoss)
@@ -911,6 +949,12 @@ class UnifiedFocalLoss(NamedSum):
     Raises:
         ValueError: on a weight or delta outside of [0, 1], or a gamma outside of (0, 1].
         TypeError: on an option that neither loss has.
+
+    Examples:
+        >>> criterion = UnifiedFocalLoss(weight=0.5, delta=0.6, gamma=0.5)
+        >>> logits, target = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
+        >>> criterion(logits, target)
+        tensor(0.6384)
     """
 
     parts = (SoftmaxFocalLoss, FocalTverskyLoss)

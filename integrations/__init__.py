@@ -92,8 +92,12 @@ def check_losses(model_class: type[nn.Module], spec: str, **options: Any) -> Non
         TypeError: where no adapter knows the class, or the string is not a str.
         SpecError: on a string that cannot be read, or a loss that such models have no use for.
 
-    Example:
-        >>> check_losses(torchvision.models.detection.MaskRCNN, "giou+focal; mask: dice")
+    Examples:
+        >>> from torchvision.models.detection import MaskRCNN
+        >>> check_losses(MaskRCNN, "rpn: giou+bce; roi: 10*giou+ce; mask: dice")
+        >>> check_losses(MaskRCNN, "mask: giou")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        detseg_losses.spec.SpecError: ...
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # use_losses will say it again
@@ -116,6 +120,16 @@ def use_losses(model: Model, spec: str, **options: Any) -> Model:
         TypeError: where no adapter knows the model, it is a class or on the meta device, or the
             string is not a str.
         SpecError: on a string that cannot be read, or a loss that the model has no use for.
+
+    Examples:
+        >>> from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+        >>> model = lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=5)
+        >>> model = use_losses(model, "ce + dice", ignore_index=255)
+        >>> images, masks = torch.rand(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
+        >>> losses = model(images, masks)
+        >>> list(losses)
+        ['ce', 'dice']
+        >>> sum(losses.values()).backward()
     """
     if isinstance(model, type):
         raise TypeError(f"use_losses takes a model, and {model.__name__} is a class of models")
@@ -123,7 +137,15 @@ def use_losses(model: Model, spec: str, **options: Any) -> Model:
 
 
 def restore_losses(model: Model) -> Model:
-    """Undo :func:`use_losses`, in place; the model is as it came."""
+    """Undo :func:`use_losses`, in place; the model is as it came.
+
+    Examples:
+        >>> from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+        >>> model = lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=5)
+        >>> model = restore_losses(use_losses(model, "ce + dice"))
+        >>> list(model(torch.rand(2, 3, 64, 64)))
+        ['out']
+    """
     return _adapter(type(model), model).restore_losses(model)
 
 
@@ -135,6 +157,14 @@ class ModelLosses:
 
     Args:
         model: an adapted model, not wrapped for several processes.
+
+    Examples:
+        >>> from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+        >>> model = lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=5)
+        >>> losses = ModelLosses(use_losses(model, "ce + ramp(0, 1, steps=100)*dice"))
+        >>> losses.advance()  # after each step of the optimizer
+        >>> losses.factors
+        {'ce': 1.0, 'dice': tensor(0.0100)}
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -45,6 +45,11 @@ def sigmoid_focal_loss(
     Raises:
         ValueError: on an alpha outside of [0, 1], a negative gamma, shapes that do not fit, a label
             out of range, a target that requires grad, or a reduction that does not exist.
+
+    Examples:
+        >>> logits, targets = torch.tensor([[2.0, -3.0]]), torch.tensor([[1.0, 0.0]])
+        >>> sigmoid_focal_loss(logits, targets, reduction="sum")
+        tensor(0.0005)
     """
     return classification.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)
 
@@ -63,6 +68,11 @@ def generalized_box_iou_loss(
 
     Raises:
         ValueError: on shapes that do not fit, or a reduction that does not exist.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+        >>> generalized_box_iou_loss(boxes, torch.tensor([0.0, 0, 10, 5]))
+        tensor([0.5000, 1.8333])
     """
     return boxes.generalized_box_iou_loss(boxes1, _for_all(boxes1, boxes2), reduction, eps)
 
@@ -73,6 +83,11 @@ def distance_box_iou_loss(
     """Distance IoU, as ``torchvision.ops.distance_box_iou_loss``.
 
     Arguments and errors are those of :func:`generalized_box_iou_loss`.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+        >>> distance_box_iou_loss(boxes, torch.tensor([0.0, 0, 10, 5]))
+        tensor([0.5312, 1.5035])
     """
     return boxes.distance_box_iou_loss(boxes1, _for_all(boxes1, boxes2), reduction, eps)
 
@@ -84,6 +99,11 @@ def complete_box_iou_loss(
 
     Arguments and errors are those of :func:`generalized_box_iou_loss`. ``eps`` is added to every
     denominator; torchvision's reaches one of three.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+        >>> complete_box_iou_loss(boxes, torch.tensor([0.0, 0, 10, 5]))
+        tensor([0.5345, 1.5052])
     """
     return boxes.complete_box_iou_loss(boxes1, _for_all(boxes1, boxes2), reduction, eps)
 

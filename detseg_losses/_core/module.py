@@ -20,7 +20,7 @@ class Loss(nn.Module):
     """A loss function together with its options, as a module.
 
     The options are those of the function, with the same defaults except ``reduction``, which is
-    ``"mean"``; :func:`options_of` makes a constructor that says so. ``repr(loss)`` is a loss string
+    ``"mean"``; ``options_of`` makes a constructor that says so. ``repr(loss)`` is a loss string
     that :func:`detseg_losses.build_loss` reads back.
 
     A number among the options may be a :class:`Ramp`; ``step`` then says how far training is. A
@@ -29,7 +29,15 @@ class Loss(nn.Module):
     Raises:
         TypeError: on an option that the function does not have, a value that is not True or False
             where one is wanted, or a ramp for what is not a number.
-        ValueError: on a value that the option cannot have, see :data:`._core.checks.RULES`.
+        ValueError: on a value that the option cannot have, see ``RULES`` in ``_core/checks.py``.
+
+    Examples:
+        >>> criterion = DiceLoss(smooth=1.0, ignore_index=255)
+        >>> criterion
+        dice(smooth=1.0, ignore_index=255)
+        >>> logits, target = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
+        >>> criterion(logits, target)
+        tensor(0.4971)
     """
 
     name: ClassVar[str]

@@ -46,6 +46,13 @@ class Ramp(_Number):
 
     Raises:
         ValueError: on numbers that are not finite, or steps that are not whole numbers.
+
+    Examples:
+        >>> weight = Ramp(1.0, 0.0, steps=4)
+        >>> [weight.at(step) for step in range(6)]
+        [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+        >>> build_loss("dice + ramp(0, 0.1, steps=1000)*boundary")
+        dice + ramp(0, 0.1, steps=1000)*boundary
     """
 
     start: float

@@ -46,6 +46,12 @@ def class_balanced_weights(counts: Tensor | Sequence[float], beta: float = 0.999
 
     Raises:
         ValueError: on a beta outside of [0, 1), or counts that are negative or not ``(C,)``.
+
+    Examples:
+        >>> weights = class_balanced_weights([9000, 900, 90])
+        >>> weights
+        tensor([0.2098, 0.3535, 2.4367])
+        >>> criterion = build_loss("ce", class_weights=weights)
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1): {beta}")

@@ -33,8 +33,9 @@ def boundary_loss(
     spacing: Tensor | Sequence[float] | float = 1.0,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
-    r"""The mean over the pixels of the probability times the signed distance to the boundary of
-    each class (Kervadec et al., arXiv:1812.07032).
+    r"""The mean of the probability times the signed distance to the boundary of each class.
+
+    From Kervadec et al., arXiv:1812.07032, over the pixels:
 
     .. math:: \frac{1}{P} \sum_i p_i\, \phi_i
 
@@ -56,6 +57,16 @@ def boundary_loss(
     Raises:
         ValueError: on a distance that does not fit the logits or requires grad, shapes that do not
             fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> target = torch.zeros(1, 1, 8, dtype=torch.long)
+        >>> target[..., :3] = 1  # an object at the left
+        >>> near, far = torch.full((2, 1, 1, 1, 8), -9.0)
+        >>> near[..., 3], far[..., 7] = 9.0, 9.0  # one pixel is predicted
+        >>> boundary_loss(near, target)
+        tensor(0.1252)
+        >>> boundary_loss(far, target)
+        tensor(0.6250)
     """
     batch = region_batch(logits, target, options)
     if distance is None:
@@ -102,6 +113,11 @@ def signed_distance(
         TypeError: on a target that is not a tensor.
         ValueError: on a label out of range, a mask with other values, a spacing that is not
             positive or has another number of dimensions.
+
+    Examples:
+        >>> signed_distance(torch.tensor([[0, 0, 1, 1, 1, 0]]), classes=2)
+        tensor([[[-1.,  0.,  1.,  2.,  1.,  0.],
+                 [ 2.,  1.,  0., -1.,  0.,  1.]]])
     """
     check_tensors(target=target)
     check_options({"ignore_index": ignore_index, "spacing": spacing}, RULES)

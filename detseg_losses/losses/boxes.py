@@ -64,6 +64,14 @@ def iou_loss(
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> iou_loss(boxes, targets)
+        tensor([0.5000, 1.0000])
+        >>> iou_loss(boxes, targets, mode="log", reduction="mean")
+        tensor(7.2543)
     """
     if mode == "linear":
         return _kernel_loss("iou", boxes1, boxes2, eps, reduction, validate)
@@ -95,6 +103,14 @@ def generalized_box_iou_loss(
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> generalized_box_iou_loss(boxes, targets)
+        tensor([0.5000, 1.7778])
+        >>> generalized_box_iou_loss(boxes, targets, reduction="mean")
+        tensor(1.1389)
     """
     return _kernel_loss("giou", boxes1, boxes2, eps, reduction, validate)
 
@@ -124,6 +140,12 @@ def distance_box_iou_loss(
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> distance_box_iou_loss(boxes, targets)
+        tensor([0.5312, 1.4444])
     """
     return _kernel_loss("diou", boxes1, boxes2, eps, reduction, validate)
 
@@ -155,6 +177,12 @@ def complete_box_iou_loss(
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> complete_box_iou_loss(boxes, targets)
+        tensor([0.5345, 1.4444])
     """
     return _kernel_loss("ciou", boxes1, boxes2, eps, reduction, validate)
 
@@ -177,6 +205,12 @@ def eiou_loss(boxes1: Tensor, boxes2: Tensor, **options: Unpack[BoxOptions]) -> 
 
     Raises:
         ValueError: on shapes that differ or do not end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> eiou_loss(boxes, targets)
+        tensor([0.7812, 1.4444])
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     return pair.reduce(pair.efficient())
@@ -203,6 +237,12 @@ def focal_eiou_loss(
 
     Raises:
         ValueError: on a negative or infinite gamma, or shapes that differ or do not end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> focal_eiou_loss(boxes, targets)
+        tensor([0.5524, 0.0000])
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     return pair.reduce(pair.iou.detach().pow(gamma) * pair.efficient())
@@ -235,6 +275,12 @@ def siou_loss(
     Raises:
         ValueError: on a theta that is not positive and finite, or shapes that differ or do not end
             in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> siou_loss(boxes, targets)
+        tensor([0.5707, 1.3588])
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     dx, dy = pair.offset
@@ -278,6 +324,12 @@ def mpdiou_loss(
     Raises:
         ValueError: on a diagonal that is not positive and finite, or shapes that differ or do not
             end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> mpdiou_loss(boxes, targets)
+        tensor([0.6250, 1.8889])
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     if diagonal is None:
@@ -321,6 +373,14 @@ def wiou_loss(
     Raises:
         ValueError: on an alpha, delta or mean that is not positive and finite, or shapes that
             differ or do not end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> wiou_loss(boxes, targets)
+        tensor([0.5159, 1.5596])
+        >>> wiou_loss(boxes, targets, mean=0.2)  # the second is taken for an outlier
+        tensor([0.5926, 0.7200])
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     dx, dy = pair.offset
@@ -352,6 +412,12 @@ def alpha_iou_loss(
     Raises:
         ValueError: on an alpha that is not positive and finite, or shapes that differ or do not
             end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])  # predicted
+        >>> targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10]])  # half a box, and none near
+        >>> alpha_iou_loss(boxes, targets, alpha=3.0)
+        tensor([0.8750, 1.0000])
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     return pair.reduce(1 - _power(pair.iou, alpha))
@@ -381,6 +447,12 @@ def nwd_loss(
     Raises:
         ValueError: on a constant that is not positive and finite, or shapes that differ or do not
             end in 4.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0, 4, 4], [4, 0, 8, 4]])  # objects of four pixels
+        >>> targets = torch.tensor([[1.0, 0, 5, 4], [0, 0, 4, 4]])  # the second two do not overlap
+        >>> nwd_loss(boxes, targets)
+        tensor([0.0752, 0.2684])
     """
     pair = _Pair(boxes1, boxes2, 0, **options)
     square = pair.corners() / 2  # which is W^2, in other coordinates

@@ -47,6 +47,16 @@ def cldice_loss(
     Raises:
         ValueError: on iterations below 0, shapes that do not fit, a mode that cannot be told, or a
             label out of range.
+
+    Examples:
+        >>> road = torch.zeros(1, 1, 5, 9, dtype=torch.long)
+        >>> road[..., 1:4, :] = 1
+        >>> gap, thin = (16.0 * road - 8 for _ in range(2))
+        >>> gap[..., 4], thin[..., 1, :5] = -8.0, -8.0
+        >>> cldice_loss(gap, road)  # three pixels are missing, and the road is cut
+        tensor(0.0590)
+        >>> cldice_loss(thin, road)  # five are, and it is thinner
+        tensor(0.0002)
     """
     batch = region_batch(logits, target, options)
     batch.target = batch.masks()

@@ -30,8 +30,7 @@ def lovasz_loss(
     target: Tensor,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
-    r"""The Lovász extension of one minus the Jaccard index of each class (Berman et al.,
-    arXiv:1705.08790).
+    r"""The Lovász extension of the Jaccard loss of each class (Berman et al., arXiv:1705.08790).
 
     .. math:: \sum_i m_{\pi_i} \left(J(\{\pi_1 \dots \pi_i\}) - J(\{\pi_1 \dots \pi_{i-1}\})\right)
 
@@ -49,6 +48,12 @@ def lovasz_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[[0, 0, 1, 1]]])  # one image of one row
+        >>> logits = torch.tensor([[[[-3.0, -3.0, 3.0, -3.0]]]])  # half of the object is missing
+        >>> lovasz_loss(logits, target)
+        tensor(2.)
     """
     batch = region_batch(logits, target, options)
     y = batch.masks()
@@ -97,8 +102,9 @@ def _factors(batch: Batch, per_image: bool, sync: bool) -> Tensor:
 
 
 def jaccard_slopes(errors: Tensor, hits: Tensor, misses: Tensor) -> Tensor:
-    """How fast the Jaccard loss grows with the weight of each pixel as the pixels turn wrong, those
-    of large errors first.
+    """How fast the Jaccard loss grows with each pixel that turns wrong, of large errors first.
+
+    It is the slope by the weight of the pixel.
 
     Args:
         errors: ``(*, N)``.

@@ -76,6 +76,14 @@ def dice_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[[4.0, 4, 0, 0, 0], [0, 0, 4, 4, 0], [0, 0, 0, 0, 4]]])  # logits
+        >>> target = torch.tensor([[0, 0, 1, 2, 255]])  # the fourth pixel is predicted wrong
+        >>> dice_loss(logits, target, ignore_index=255)
+        tensor(0.4477)
+        >>> dice_loss(logits, target, ignore_index=255, reduction="none")  # of each class
+        tensor([0.0267, 0.3492, 0.9670])
     """
     return _region_loss(dice(smooth), logits, target, **options)
 
@@ -100,6 +108,12 @@ def jaccard_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[[0, 0, 1, 1]]])  # one image of one row
+        >>> logits = torch.tensor([[[[-3.0, -3.0, 3.0, -3.0]]]])  # half of the object is missing
+        >>> jaccard_loss(logits, target)
+        tensor(0.5226)
     """
     return _region_loss(jaccard(smooth), logits, target, **options)
 
@@ -128,6 +142,14 @@ def tversky_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[[0, 0, 1, 1]]])  # one image of one row
+        >>> logits = torch.tensor([[[[-3.0, -3.0, 3.0, -3.0]]]])  # half of the object is missing
+        >>> tversky_loss(logits, target, alpha=0.3, beta=0.7)  # what is missing costs more
+        tensor(0.4214)
+        >>> tversky_loss(logits, target, alpha=0.7, beta=0.3)
+        tensor(0.2681)
     """
     return _region_loss(Tversky(alpha, beta, smooth), logits, target, **options)
 
@@ -160,6 +182,12 @@ def focal_tversky_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[[0, 0, 1, 1]]])  # one image of one row
+        >>> logits = torch.tensor([[[[-3.0, -3.0, 3.0, -3.0]]]])  # half of the object is missing
+        >>> focal_tversky_loss(logits, target, gamma=0.75)
+        tensor(0.5231)
     """
     return _region_loss(FocalTversky(alpha, beta, smooth, gamma), logits, target, **options)
 
@@ -188,6 +216,14 @@ def squared_dice_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> logits = torch.zeros(1, 1, 8, 8)  # a probability of 0.5 everywhere
+        >>> target = torch.full((1, 1, 8, 8), 0.5)  # and annotators who disagree
+        >>> squared_dice_loss(logits, target, mode="binary")
+        tensor(0.)
+        >>> dice_loss(logits, target, mode="binary")
+        tensor(0.5000)
     """
     return _region_loss(SquaredDice(smooth), logits, target, **options)
 
@@ -215,6 +251,12 @@ def generalised_dice_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1]])  # a class of one pixel
+        >>> logits = torch.zeros(1, 2, 8)
+        >>> generalised_dice_loss(logits, target)
+        tensor(0.7812)
     """
     return _region_loss(GeneralisedDice(), logits, target, **options)
 
@@ -242,6 +284,12 @@ def log_cosh_dice_loss(
 
     Raises:
         ValueError: on shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[[0, 0, 1, 1]]])  # one image of one row
+        >>> logits = torch.tensor([[[[-3.0, -3.0, 3.0, -3.0]]]])  # half of the object is missing
+        >>> log_cosh_dice_loss(logits, target)
+        tensor(0.0613)
     """
     return _region_loss(LogCoshDice(smooth), logits, target, **options)
 
@@ -273,6 +321,12 @@ def f1_loss(
     Raises:
         ValueError: on a beta that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[[0, 0, 1, 1]]])  # one image of one row
+        >>> logits = torch.tensor([[[[-3.0, -3.0, 3.0, -3.0]]]])  # half of the object is missing
+        >>> f1_loss(logits, target, beta=2)  # recall matters twice as much as precision
+        tensor(0.4502)
     """
     return _region_loss(f_measure(beta, smooth), logits, target, **options)
 
@@ -285,8 +339,7 @@ def mcc_loss(
     smooth: float = 1e-5,
     **options: Unpack[RegionOptions],
 ) -> Tensor:
-    r"""One minus the Matthews correlation coefficient of each class (Abhishek and Hamarneh,
-    arXiv:2010.13454).
+    r"""One minus the Matthews correlation of each class (Abhishek and Hamarneh, arXiv:2010.13454).
 
     .. math:: 1 - \frac{TP\, TN - FP\, FN}
         {\sqrt{(TP + FP)(TP + FN)(TN + FP)(TN + FN)}}
@@ -304,6 +357,14 @@ def mcc_loss(
     Raises:
         ValueError: on a smooth that is not positive, shapes that do not fit, a mode that cannot be
             told, or a label out of range.
+
+    Examples:
+        >>> target = torch.tensor([[[0, 0, 1, 1]]])  # one image of one row
+        >>> logits = torch.tensor([[[[-3.0, -3.0, 3.0, -3.0]]]])  # half of the object is missing
+        >>> mcc_loss(logits, target)
+        tensor(0.4925)
+        >>> mcc_loss(torch.zeros(1, 1, 1, 4), target)  # a guess
+        tensor(1.)
     """
     return _region_loss(MCC(smooth), logits, target, **options)
 
@@ -430,8 +491,9 @@ class _Share(torch.autograd.Function):
 
 
 class Regions:
-    """Soft counts of each class, of each image or pooled to one, ``(b, C)``, and what becomes of
-    the losses of the classes.
+    """Soft counts of each class, and what becomes of the losses of the classes.
+
+    They are of each image, or pooled to one, ``(b, C)``.
 
     Attributes:
         counts: FP, TP, FN, the ground truth and perhaps sums of squares, ``(4 or 5, b, C)``.

@@ -97,6 +97,13 @@ def sigmoid_focal_loss(
     Raises:
         ValueError: on an alpha outside of [0, 1], a negative gamma, shapes that do not fit, or a
             label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, -3.0], [-4.0, 0.5], [1.0, 1.0]])  # three anchors
+        >>> labels = torch.tensor([0, -1, -2])  # class 0, background, ignored
+        >>> positives = (labels >= 0).sum().clamp(min=1)
+        >>> sigmoid_focal_loss(logits, labels, reduction="sum") / positives
+        tensor(0.2836)
     """
     return _sigmoid_loss(Focal(as_weights(alpha), gamma), inputs, targets, reduction, **options)
 
@@ -124,6 +131,14 @@ def binary_cross_entropy_loss(
 
     Raises:
         ValueError: on shapes that do not fit or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, -3.0], [-1.0, 0.5]])
+        >>> targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> binary_cross_entropy_loss(logits, targets)
+        tensor(0.2407)
+        >>> binary_cross_entropy_loss(logits, targets, pos_weight=2.0)
+        tensor(0.3910)
     """
     return _sigmoid_loss(
         CrossEntropy(as_weights(pos_weight)), inputs, targets, reduction, **options
@@ -159,6 +174,12 @@ def quality_focal_loss(
 
     Raises:
         ValueError: on a negative beta, shapes that do not fit, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[1.0, -3.0], [-2.0, -4.0]])  # of two anchors
+        >>> quality = torch.tensor([[0.8, 0.0], [0.0, 0.0]])  # the IoU of their boxes
+        >>> quality_focal_loss(logits, quality, reduction="sum")
+        tensor(0.0044)
     """
     return _sigmoid_loss(QualityFocal(beta), inputs, targets, reduction, **options)
 
@@ -197,6 +218,12 @@ def varifocal_loss(
 
     Raises:
         ValueError: on a negative alpha or gamma, shapes that do not fit, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[1.0, -3.0], [-2.0, -4.0]])  # of two anchors
+        >>> quality = torch.tensor([[0.8, 0.0], [0.0, 0.0]])  # the IoU of their boxes
+        >>> varifocal_loss(logits, quality, reduction="sum")
+        tensor(0.4120)
     """
     return _sigmoid_loss(Varifocal(alpha, gamma), inputs, targets, reduction, **options)
 
@@ -235,6 +262,12 @@ def asymmetric_loss(
     Raises:
         ValueError: on a negative gamma, a margin outside of [0, 1], shapes that do not fit, or a
             label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[3.0, -4.0, 1.0]])  # one image, three labels
+        >>> targets = torch.tensor([[1.0, 0.0, 0.0]])
+        >>> asymmetric_loss(logits, targets, reduction="none")  # the second is below the margin
+        tensor([[0.0486, 0.0000, 0.2459]])
     """
     formula = Asymmetric(gamma_neg, gamma_pos, margin)
     return _sigmoid_loss(formula, inputs, targets, reduction, **options)
@@ -271,6 +304,12 @@ def poly_focal_loss(
     Raises:
         ValueError: on an epsilon below -1 (the loss would reward mistakes), an alpha outside of
             [0, 1], a negative gamma, shapes that do not fit, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, -3.0], [-1.0, 0.5]])
+        >>> targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> poly_focal_loss(logits, targets, epsilon=1.0, reduction="sum")
+        tensor(0.0630)
     """
     formula = PolyFocal(as_weights(alpha), gamma, epsilon)
     return _sigmoid_loss(formula, inputs, targets, reduction, **options)
@@ -308,6 +347,11 @@ def ghm_loss(
 
     Raises:
         ValueError: on less than one bin, shapes that do not fit, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([-5.0, -5.0, -5.0, 0.0])  # three easy negatives and a hard one
+        >>> ghm_loss(logits, torch.zeros(4), reduction="none")
+        tensor([0.0045, 0.0045, 0.0045, 1.3863])
     """
     formula = Harmonised(bins, options.get("sync", False))
     return _sigmoid_loss(formula, inputs, targets, reduction, **options)

@@ -69,6 +69,14 @@ def cross_entropy_loss(
     Raises:
         ValueError: on a single channel (use ``bce``), shapes that do not fit, a mode that cannot
             be told, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]]])  # two classes, three pixels
+        >>> target = torch.tensor([[0, 1, 255]])
+        >>> cross_entropy_loss(logits, target, ignore_index=255)
+        tensor(0.2201)
+        >>> cross_entropy_loss(logits, target, ignore_index=255, class_weights=[1.0, 3.0])
+        tensor(0.2667)
     """
     return _pixel_loss(CrossEntropy(label_smoothing), logits, target, **options)
 
@@ -100,6 +108,12 @@ def softmax_focal_loss(
     Raises:
         ValueError: on a single channel (use ``focal``), a target that is not class indices, a
             negative alpha or gamma, shapes that do not fit, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]]])  # two classes, three pixels
+        >>> target = torch.tensor([[0, 1, 0]])
+        >>> softmax_focal_loss(logits, target, reduction="none")  # the last pixel is wrong
+        tensor([[0.0018, 0.0227, 1.6501]])
     """
     return _pixel_loss(Focal(as_weights(alpha), gamma), logits, target, **options)
 
@@ -128,6 +142,12 @@ def poly_cross_entropy_loss(
     Raises:
         ValueError: on an epsilon below -1 (the loss would reward mistakes), a single channel, a
             target that is not class indices, shapes that do not fit, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])  # two rows, two classes
+        >>> target = torch.tensor([0, 1])
+        >>> poly_cross_entropy_loss(logits, target, epsilon=1.0)
+        tensor(0.4142)
     """
     return _pixel_loss(Poly(epsilon), logits, target, **options)
 
@@ -160,6 +180,13 @@ def symmetric_cross_entropy_loss(
     Raises:
         ValueError: on a negative weight, a single channel, a target that is not class indices,
             shapes that do not fit, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[8.0, 0.0]])  # sure of class 0
+        >>> symmetric_cross_entropy_loss(logits, torch.tensor([0]))
+        tensor(0.0014)
+        >>> symmetric_cross_entropy_loss(logits, torch.tensor([1]))  # is the label wrong?
+        tensor(4.7987)
     """
     return _pixel_loss(Symmetric(alpha, beta), logits, target, **options)
 
@@ -197,6 +224,12 @@ def ohem_cross_entropy_loss(
     Raises:
         ValueError: on a fraction or threshold outside of (0, 1], a single channel (use ``bce``),
             shapes that do not fit, a mode that cannot be told, or a label out of range.
+
+    Examples:
+        >>> logits = torch.tensor([[[4.0, 3.0, 1.0, 0.0], [0.0, 0.0, 0.0, 2.0]]])  # wrong at last
+        >>> target = torch.tensor([[0, 0, 0, 0]])
+        >>> ohem_cross_entropy_loss(logits, target, fraction=0.5, thresh=None, reduction="none")
+        tensor([[0.0000, 0.0000, 0.3133, 2.1269]])
     """
     return _pixel_loss(OHEM(fraction, thresh), logits, target, **options)
 
