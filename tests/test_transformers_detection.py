@@ -311,6 +311,15 @@ def test_sigmoid_losses_are_taken_as_their_softmax_counterparts(images, labels):
     assert model(images, labels=labels).loss.isfinite()
 
 
+def test_softmax_losses_are_taken_as_their_sigmoid_counterparts(images, labels):
+    model = small_model("RTDetr")
+    with pytest.warns(UserWarning, match="'softmax_focal' is taken as 'focal'"):
+        use_losses(model, "softmax_focal(gamma=1) + 0.5*ce + l1 + giou")
+    ours, _ = run(model, images, labels)
+    same, _ = run(use_losses(model, "focal(gamma=1) + 0.5*bce + l1 + giou"), images, labels)
+    assert torch.equal(ours.loss, same.loss)
+
+
 def test_undo_is_exact(images, labels):
     model = small_model("RTDetr")
     keys, attributes = list(model.state_dict()), set(vars(model))

@@ -140,6 +140,14 @@ def listened(module, batch, model):
     return heard, losses
 
 
+def test_losses_of_a_softmax_are_taken_as_those_of_sigmoids(batch):
+    model = small_model("yolo11n-seg.yaml")
+    expected = run(use_losses(model, "giou+2*focal; mask: bce+dice"), batch)
+    with pytest.warns(UserWarning, match="of YOLO's masks are independent .*: 'ce' is taken as"):
+        use_losses(model, "giou+2*softmax_focal; mask: ce+dice")
+    assert_equal(expected, run(model, batch))
+
+
 def test_the_changed_terms_are_the_ones_called(batch):
     model = use_losses(small_model(), "giou+2*focal(gamma=1.5)+dfl")
     ((logits, scores),), losses = listened(model.criterion.bce, batch, model)
