@@ -567,8 +567,8 @@ class AnchorLosses(Swapped):
         }
         library: Any = super()
         stock = partial(library.compute_loss, targets, head_outputs, anchors, matched_idxs)
-        losses = {entry: losses[entry] for entry in self.entries}
         self.loss.record(detached(*losses.values()))
+        losses = {entry: losses[entry] for entry in self.entries}
         has_objects = with_objects(targets)
         return settle(self.loss, losses, stock, has_objects) | self.further_losses(
             found, head_outputs, stock, has_objects
