@@ -664,13 +664,13 @@ class LossSum(nn.Module):
                 f"the learned weights of {' and '.join(self._learned)} are not in "
                 "model.state_dict(), and so not in a checkpoint of the model: save "
                 "losses.state_dict() beside it and load it when training goes on, with losses = "
-                "detseg_losses.integrations.ModelLosses(model)"
+                "detseg_losses.integrations.model_losses(model)"
             )
         if self._calls == PATIENCE and self._counts:
             warn(
                 f"after {PATIENCE} training calls the ramp in {self!r} is still in step "
                 f"{self.step}: call advance() of the loss after each optimizer step, for an "
-                "adapted model detseg_losses.integrations.ModelLosses(model).advance()"
+                "adapted model detseg_losses.integrations.model_losses(model).advance()"
             )
         if self._calls == PATIENCE or not self._counts:
             self._calls = None

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import warnings
 from importlib import import_module
-from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from detseg_losses.spec import LossSum
-
 if __name__ == "integrations":
     raise ImportError("import detseg_losses.integrations: two names make two of each class")
+
+from detseg_losses.integrations._adapter import Adapter
 
 __all__ = [
     "ADAPTERS",
     "FAMILIES",
     "ModelLosses",
     "check_losses",
+    "model_losses",
     "restore_losses",
     "use_losses",
 ]
@@ -70,7 +72,7 @@ _ADAPTED = {
 }
 
 ADAPTERS = {model: name for name, models in _ADAPTED.items() for model in models}
-"""The file that adapts each model class, and what is derived from it."""
+"""The module whose ``ADAPTER`` is for each model class, and for what is derived from it."""
 
 FAMILIES = "torchvision's detectors and segmentation models, SMP, transformers, and Ultralytics"
 
@@ -86,7 +88,7 @@ def check_losses(model_class: type[nn.Module], spec: str, **options: Any) -> Non
     Args:
         model_class: a class that one of the adapters knows, or a subclass.
         spec: a loss string.
-        **options: those of ``use_losses`` in the adapter's module.
+        **options: those of the adapter, which its page and the class in its module explain.
 
     Raises:
         TypeError: where no adapter knows the class, or the string is not a str.
@@ -101,7 +103,7 @@ def check_losses(model_class: type[nn.Module], spec: str, **options: Any) -> Non
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # use_losses will say it again
-        _adapter(model_class).read(model_class, spec, **options)
+        _adapter_of(model_class).read(model_class, spec, **options)
 
 
 def use_losses(model: Model, spec: str, **options: Any) -> Model:
@@ -110,7 +112,7 @@ def use_losses(model: Model, spec: str, **options: Any) -> Model:
     Args:
         model: a model that one of the adapters knows.
         spec: a loss string, for example ``"giou+focal"`` or ``"0.5*ce + dice"``.
-        **options: those of ``use_losses`` in the adapter's module.
+        **options: those of the adapter, which its page and the class in its module explain.
 
     Returns:
         The model. In training it returns a dictionary of losses; its ``state_dict`` keeps its
@@ -133,7 +135,8 @@ def use_losses(model: Model, spec: str, **options: Any) -> Model:
     """
     if isinstance(model, type):
         raise TypeError(f"use_losses takes a model, and {model.__name__} is a class of models")
-    return _adapter(type(model), model).use_losses(model, spec, **options)
+    _adapter_of(type(model), model).attach(model, spec, **options)
+    return model
 
 
 def restore_losses(model: Model) -> Model:
@@ -146,17 +149,47 @@ def restore_losses(model: Model) -> Model:
         >>> list(model(torch.rand(2, 3, 64, 64)))
         ['out']
     """
-    return _adapter(type(model), model).restore_losses(model)
+    _adapter_of(type(model), model).restore(model)
+    return model
+
+
+def model_losses(model: nn.Module) -> ModelLosses:
+    """The losses that :func:`use_losses` put into a model: their values, their state.
+
+    It is the same for every model: ``model_losses(model).values`` after a step holds the value of
+    each term, and ``model_losses(model)(model(images), masks)`` is the loss of a model of semantic
+    segmentation in evaluation.
+
+    Args:
+        model: an adapted model; it may be wrapped or compiled.
+
+    Raises:
+        TypeError: where no adapter knows the model.
+        ValueError: where it is not adapted.
+
+    Examples:
+        >>> from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+        >>> model = lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=5)
+        >>> losses = model_losses(use_losses(model, "ce + ramp(0, 1, steps=100)*dice"))
+        >>> losses.advance()  # after each step of the optimizer
+        >>> losses.factors
+        {'ce': 1.0, 'dice': tensor(0.0100)}
+    """
+    return ModelLosses(model)
 
 
 class ModelLosses:
-    """The losses that :func:`use_losses` put into a model, as one: a model with stages has several.
+    """The losses of an adapted model, as one; see :func:`model_losses`.
 
-    Where there are several, the names of terms and the keys of the state begin with where they are
-    in the model: ``"rpn.loss.giou"``.
+    Where a loss string has stages, the names of terms and the keys of the state begin with the
+    stage: ``"rpn.giou"``. To be made again where :func:`use_losses` replaces the losses.
 
     Args:
-        model: an adapted model, not wrapped for several processes.
+        model: an adapted model; it may be wrapped or compiled.
+
+    Raises:
+        TypeError: where no adapter knows the model.
+        ValueError: where it is not adapted.
 
     Examples:
         >>> from torchvision.models.segmentation import lraspp_mobilenet_v3_large
@@ -168,20 +201,39 @@ class ModelLosses:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = {n: m for n, m in model.named_modules() if isinstance(m, LossSum)}
-        self.sums = {f"{n}." if len(found) > 1 else "": loss for n, loss in found.items()}
-        for loss in found.values():
+        while isinstance(inner := _wrapped(model), nn.Module):
+            model = inner
+        self.model = model
+        self.sums = _adapter_of(type(model), model).losses(model)
+        if not self.sums:
+            raise ValueError(f"this {type(model).__name__} has no losses of use_losses")
+        for loss in self.sums.values():
             loss.kept = True
+
+    def __call__(self, output: Any, *targets: Any) -> Tensor:
+        """The loss of what the model returned, in training or evaluation.
+
+        Args:
+            output: of a model of semantic segmentation that was called without masks.
+            *targets: what the model is called with in training beside the images.
+
+        Raises:
+            TypeError: where the model alone can compute its losses, as a detector.
+        """
+        values = _adapter_of(type(self.model)).compute(self.model, output, *targets)
+        return functools.reduce(operator.add, values.values())
 
     @property
     def values(self) -> dict[str, Tensor]:
         """The weighted value of each term in the last step, detached."""
-        return {p + name: v for p, loss in self.sums.items() for name, v in loss.values.items()}
+        return {
+            _key(s, name): v for s, loss in self.sums.items() for name, v in loss.values.items()
+        }
 
     @property
     def factors(self) -> dict[str, Tensor | float]:
         """What the loss of each term is multiplied by in this step."""
-        return {p + name: loss.factor(name) for p, loss in self.sums.items() for name in loss.names}
+        return {_key(s, n): loss.factor(n) for s, loss in self.sums.items() for n in loss.names}
 
     def advance(self) -> None:
         """Count an optimizer step, see :meth:`LossSum.advance`."""
@@ -190,7 +242,9 @@ class ModelLosses:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on, beside the ``state_dict`` of the model."""
-        return {p + k: v for p, loss in self.sums.items() for k, v in loss.state_dict().items()}
+        return {
+            _key(s, k): v for s, loss in self.sums.items() for k, v in loss.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of losses like these.
@@ -198,23 +252,38 @@ class ModelLosses:
         Raises:
             RuntimeError: where those were other losses.
         """
-        if strays := [key for key in state if not key.startswith(tuple(self.sums))]:
-            raise RuntimeError(f"no loss has the state {', '.join(strays)}")
-        for p, loss in self.sums.items():
-            loss.load_state_dict({k[len(p) :]: v for k, v in state.items() if k.startswith(p)})
+        parts: dict[str, dict[str, Any]] = {stage: {} for stage in self.sums}
+        for key, value in state.items():
+            stage, _, rest = key.partition(".")
+            stage, rest = (stage, rest) if stage in self.sums else ("", key)
+            if stage not in parts:
+                raise RuntimeError(f"no loss has the state {key}")
+            parts[stage][rest] = value
+        for stage, loss in self.sums.items():
+            loss.load_state_dict(parts[stage])
 
 
-def _adapter(model_class: type, model: object = None) -> ModuleType:
+def _key(stage: str, name: str) -> str:
+    return f"{stage}.{name}" if stage else name
+
+
+def _wrapped(model: object) -> object:
+    """The model in a wrapper such as DistributedDataParallel or a compiled model, if it is one."""
+    return getattr(model, "module", getattr(model, "_orig_mod", None))
+
+
+def _adapter_of(model_class: type, model: object = None) -> Adapter:
     for cls in model_class.__mro__:
         name = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if name is not None:
-            return import_module(f"{__name__}.{name}")
+            adapter: Adapter = import_module(f"{__name__}.{name}").ADAPTER
+            return adapter
     if any(cls.__module__ == "ultralytics.engine.model" for cls in model_class.__mro__):
         raise TypeError(
             f"{model_class.__name__} makes a new model when it trains; give that the losses: "
             'YOLO(...).train(trainer=detseg_losses.integrations.yolo.trainer("giou+focal"), ...)'
         )
-    if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+    if isinstance(_wrapped(model), nn.Module):
         raise TypeError(
             f"{model_class.__name__} wraps a model: call use_losses on the model, then wrap it"
         )

@@ -1,4 +1,4 @@
-"""What the adapters of detectors share: which terms serve which entry, and how boxes are lost."""
+"""What the adapters of detectors share: which terms serve which entry, and how to compute them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from detseg_losses._core.checks import check_choice, in_blocks
 from detseg_losses._core.distribution import processes, world_sum
 from detseg_losses._core.module import LOSSES, Kind, Loss
 from detseg_losses._core.reduction import divide
+from detseg_losses.integrations._adapter import Swapped
 from detseg_losses.losses.softmax import PixelLoss
 from detseg_losses.spec import (
     EXAMPLES,
@@ -29,14 +31,19 @@ from detseg_losses.spec import (
 
 Normalizer = Literal["image", "batch"]
 
+Coding = Callable[[Tensor, Tensor], Tensor]
+
 Roles = Mapping[str, tuple[Kind, ...]]
 """Which kinds of loss serve each entry of a model's loss dictionary."""
 
 FIXED = ("mode", "ignore_index", "per_image", "sync", "reduction")
 """Options that a head itself decides."""
 
-COUNTERPARTS = {"focal": "softmax_focal", "bce": "ce"}
+SOFTMAX = {"focal": "softmax_focal", "bce": "ce"}
 """What a loss of independent sigmoids is called where the classes exclude each other."""
+
+SIGMOID = {softmax: sigmoid for sigmoid, softmax in SOFTMAX.items()}
+"""The other way round."""
 
 UNLIKE = 4.0
 """A role that changes by more than this factor has another share of the whole loss."""
@@ -68,7 +75,8 @@ def read_losses(
         roles: what the head computes.
         normalizer: what the sums over anchors are divided by; None where the losses of classes are
             means over what was sampled.
-        softmax: whether the classes exclude each other, see :func:`softmax_terms`.
+        softmax: whether the classes exclude each other, see :func:`softmax_terms`; if they do not,
+            see :func:`sigmoid_terms`.
         masks: whether the model has masks, whose losses stand after ``; mask:``.
 
     Raises:
@@ -81,8 +89,7 @@ def read_losses(
     loss = build_loss(spec)
     if masks:
         _check_masks_apart(loss)
-    if softmax:
-        loss = softmax_terms(loss, owner)
+    loss = softmax_terms(loss, owner) if softmax else sigmoid_terms(loss, owner)
     eaten = [kind for kinds in roles.values() for kind in kinds]
     for name, _, term in loss.items():
         if not set(term.kinds) & set(eaten):
@@ -102,9 +109,6 @@ def read_losses(
 
 def _instead(term: Loss, eaten: Sequence[Kind], softmax: bool) -> str:
     """The end of a message about a term without a role: what to write."""
-    for sigmoid, exclusive in COUNTERPARTS.items():
-        if term.name == exclusive and "classification" in eaten:
-            return f"; its classes are independent sigmoids: write {sigmoid!r}"
     names = [name for kind in eaten for name in EXAMPLES[kind]]
     if softmax:
         names = [name if name != "dice" else "softmax_focal" for name in names]
@@ -145,8 +149,10 @@ def softmax_terms(loss: LossSum, owner: str) -> LossSum:
     """
     terms: list[tuple[Weight, Loss]] = []
     for name, weight, term in loss.items():
-        if term.name in COUNTERPARTS:
-            term = _counterpart(term, owner)
+        if term.name in SOFTMAX:
+            term = _counterpart(
+                term, SOFTMAX[term.name], f"the classes of {owner} exclude each other"
+            )
         elif {"classification", "segmentation"} & set(term.kinds) and not isinstance(
             term, PixelLoss
         ):
@@ -160,32 +166,46 @@ def softmax_terms(loss: LossSum, owner: str) -> LossSum:
     return LossSum(terms)
 
 
-def _counterpart(term: Loss, owner: str) -> Loss:
-    name = COUNTERPARTS[term.name]
+def sigmoid_terms(loss: LossSum, owner: str) -> LossSum:
+    """The terms for a head of independent sigmoids, the other way round: ``softmax_focal`` is taken
+    as ``focal`` and ``ce`` as ``bce``, so that one string serves every stage and detector.
+
+    Args:
+        loss: what :func:`build_loss` makes of the string of such a head.
+        owner: what the head or model is called in messages.
+
+    Raises:
+        SpecError: on an option that the counterpart does not have or (``alpha``) that means
+            something else there.
+    """
+    reason = f"the classes of {owner} are independent sigmoids"
+    return LossSum(
+        [
+            (
+                weight,
+                _counterpart(term, SIGMOID[term.name], reason) if term.name in SIGMOID else term,
+            )
+            for _, weight, term in loss.items()
+        ]
+    )
+
+
+def _counterpart(term: Loss, name: str, reason: str) -> Loss:
+    """The loss that a term is taken as."""
     options = term.given | dict(term.named_buffers(recurse=False))
     known = LOSSES[name].defaults.keys() - {"alpha"}  # of a sigmoid it weighs positives alone
     if unknown := options.keys() - known:
         raise SpecError(
-            f"the classes of {owner} exclude each other: {term.name!r} would be {name!r}, for "
-            f"which {min(unknown)!r} has no meaning or another; write {name!r} itself"
+            f"{reason}: {term.name!r} would be {name!r}, for which {min(unknown)!r} has no meaning "
+            f"or another; write {name!r} itself"
         )
-    warn(f"the classes of {owner} exclude each other: {term.name!r} is taken as {name!r}")
+    warn(f"{reason}: {term.name!r} is taken as {name!r}")
     return LOSSES[name](**options)
 
 
 def terms_of(loss: LossSum, kinds: tuple[Kind, ...]) -> list[tuple[str, Loss]]:
     """The terms that can be given one of these kinds of input, with their names."""
     return [(name, term) for name, _, term in loss.items() if set(term.kinds) & set(kinds)]
-
-
-def check_own(name: str, found: object, own: type, ours: type) -> None:
-    """Refuse what is not torchvision's own class, for it may compute its loss in another way.
-
-    Raises:
-        TypeError: naming both.
-    """
-    if type(found) not in (own, ours):
-        raise TypeError(f"{name} is a {type(found).__name__}, not torchvision's {own.__name__}")
 
 
 def check_own_loss(model: Any, own: Any) -> None:
@@ -365,30 +385,6 @@ def of_matches(key: str, targets: list[dict[str, Tensor]], matched_idxs: list[Te
     return torch.stack(found)
 
 
-def class_losses(
-    loss: LossSum,
-    logits: Tensor,
-    targets: list[dict[str, Tensor]],
-    matched_idxs: list[Tensor],
-    factor: Tensor,
-) -> dict[str, Tensor]:
-    """The weighted values of the terms on sigmoids of classes, by name: sums over all anchors.
-
-    Args:
-        loss: what to compute.
-        logits: ``(B, A, K)``.
-        targets: of each image ``labels`` ``(G,)``.
-        matched_idxs: of each image ``(A,)``: which object, -1 none, -2 left out.
-        factor: what the anchors of each image count, ``(B, 1)``.
-    """
-    matched = torch.stack(matched_idxs)
-    labels = torch.where(matched >= 0, of_matches("labels", targets, matched_idxs), matched)
-    return {
-        name: loss.weighted(name, term(logits, labels, weight=factor, reduction="sum"))
-        for name, term in terms_of(loss, ("classification",))
-    }
-
-
 class Positives:
     """The rows that have an object; off the CPU all of them, the others with a factor of 0.
 
@@ -436,8 +432,8 @@ def box_losses(
     loss: LossSum,
     found: Positives,
     deltas: Tensor,
-    encode: Callable[[Tensor, Tensor], Tensor],
-    decode: Callable[[Tensor, Tensor], Tensor],
+    encode: Coding,
+    decode: Coding,
 ) -> dict[str, Tensor]:
     """The weighted values of the terms on decoded boxes and of those on encoded offsets, by name.
 
@@ -459,31 +455,126 @@ def box_losses(
     return values
 
 
-def entries(
-    losses: Mapping[str, Mapping[str, Tensor]], stock: Callable[[], Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """A model's loss dictionary: the sums of the terms, and what it computes itself without any."""
-    own = {} if all(losses.values()) else stock()
-    return {key: total(values) if values else own[key] for key, values in losses.items()}
-
-
-def compare_all(
+def settle(
     loss: LossSum,
     losses: Mapping[str, Mapping[str, Tensor]],
     stock: Callable[[], Mapping[str, Tensor]],
+    has_objects: bool,
     stage: str = "",
-) -> None:
-    """:func:`compare` several entries, whose stock losses are computed together."""
-    together = functools.cache(stock)
-    for entry, values in losses.items():
-        compare(loss, entry, values, lambda: together()[entry], stage=stage)  # noqa: B023
+) -> dict[str, Tensor]:
+    """A model's loss dictionary: the sums of the terms, and what it computes itself without any.
 
+    In the first batch with objects the terms are compared with what they replace, see
+    :func:`compare`.
 
-def total(values: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the terms of one role, of which there is at least one."""
-    return functools.reduce(operator.add, values.values())
+    Args:
+        loss: the losses of the terms.
+        losses: the weighted values of the terms of each entry, by name.
+        stock: computes the model's own entries.
+        has_objects: whether any image of the batch has one.
+        stage: what stands before these terms in the loss string, ``"rpn: "`` for example.
+    """
+    compared = functools.cache(stock)  # for the comparison alone, which needs no gradients
+    for entry, values in losses.items() if has_objects else ():
+        compare(loss, entry, values, lambda: compared()[entry], stage=stage)  # noqa: B023
+    own = {} if all(losses.values()) else stock()
+    return {entry: total(values) if values else own[entry] for entry, values in losses.items()}
 
 
 def detached(*roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of all roles, as :attr:`LossSum.values` holds them."""
     return {name: value.detach() for values in roles for name, value in values.items()}
+
+
+class AnchorLosses(Swapped):
+    """The ``compute_loss`` of torchvision's detectors with anchors, with other losses.
+
+    To be mixed into a class of theirs. Three methods say what differs between them: :meth:`coder`,
+    and where they are not those of sigmoids :meth:`class_losses` and :meth:`further_losses`.
+    """
+
+    added: ClassVar[tuple[str, ...]] = ("loss", "normalizer")
+
+    loss: LossSum
+    normalizer: Normalizer
+    entries: ClassVar[Sequence[str]] = ("classification", "bbox_regression")
+    """In the model's order."""
+    background: ClassVar[bool] = False
+    """Whether the label 0 means background to the model."""
+
+    def coder(self) -> tuple[Coding, Coding]:
+        """What encodes boxes and anchors to offsets, and what decodes offsets and anchors."""
+        raise NotImplementedError
+
+    def class_losses(
+        self,
+        logits: Tensor,
+        targets: list[dict[str, Tensor]],
+        matched_idxs: list[Tensor],
+        factor: Tensor,
+    ) -> dict[str, Tensor]:
+        """The weighted values of the terms on classes, by name: sums over all anchors.
+
+        Args:
+            logits: ``(B, A, K)``.
+            targets: of each image ``labels`` ``(G,)``.
+            matched_idxs: of each image ``(A,)``: which object, -1 none, -2 ignored.
+            factor: what the anchors of each image count, ``(B, 1)``.
+        """
+        matched = torch.stack(matched_idxs)
+        labels = torch.where(matched >= 0, of_matches("labels", targets, matched_idxs), matched)
+        return {
+            name: self.loss.weighted(name, term(logits, labels, weight=factor, reduction="sum"))
+            for name, term in terms_of(self.loss, ("classification",))
+        }
+
+    def further_losses(
+        self,
+        found: Positives,
+        head_outputs: dict[str, Tensor],
+        stock: Callable[[], Mapping[str, Tensor]],
+        has_objects: bool,
+    ) -> dict[str, Tensor]:
+        """Entries that have a string of their own, see :func:`settle`."""
+        return {}
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """The losses of a batch, ``{"classification": ..., "bbox_regression": ...}``.
+
+        Args:
+            targets: of each image ``boxes`` ``(G, 4)`` and ``labels`` ``(G,)``.
+            head_outputs: ``cls_logits`` ``(B, A, K)`` and ``bbox_regression`` ``(B, A, 4)``.
+            anchors: of each image ``(A, 4)``.
+            matched_idxs: of each image ``(A,)``: which object, -1 none, -2 between thresholds.
+
+        Raises:
+            ValueError: on a label out of range, on the CPU.
+        """
+        logits, offsets = head_outputs["cls_logits"], head_outputs["bbox_regression"]
+        labels = [target["labels"] for target in targets]
+        check_labels(labels, logits.shape[-1], background=self.background)
+        factor = factor_of_images(torch.stack(matched_idxs) >= 0, self.normalizer)
+        found = Positives.of_batch(targets, anchors, matched_idxs, factor)
+        losses = {
+            "classification": self.class_losses(logits, targets, matched_idxs, factor),
+            "bbox_regression": box_losses(self.loss, found, offsets.flatten(0, 1), *self.coder()),
+        }
+        library: Any = super()
+        stock = partial(library.compute_loss, targets, head_outputs, anchors, matched_idxs)
+        self.loss.record(detached(*losses.values()))
+        losses = {entry: losses[entry] for entry in self.entries}
+        has_objects = with_objects(targets)
+        return settle(self.loss, losses, stock, has_objects) | self.further_losses(
+            found, head_outputs, stock, has_objects
+        )
+
+
+def total(values: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the terms of one role, of which there is at least one."""
+    return functools.reduce(operator.add, values.values())

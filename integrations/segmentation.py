@@ -1,15 +1,16 @@
-"""What the adapters of segmentation models share: a criterion that fits, and the hooks it is in."""
+"""What the adapters of segmentation models share: a criterion that fits, and its hooks."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
 
 from detseg_losses._core.batch import Mode
+from detseg_losses.integrations._adapter import Adapter, Losses
 from detseg_losses.losses.softmax import PixelLoss
 from detseg_losses.spec import LossSum, SpecError, build_loss
 
@@ -31,7 +32,7 @@ def read_losses(
         spec: a loss string of segmentation losses.
         classes: how many channels the logits of the model have; None where that is unknown.
         mode: None: binary for one class, else multiclass.
-        ignore_index: label of the pixels that are left out.
+        ignore_index: label of the pixels that are ignored.
         **defaults: options for every term that has them.
 
     Raises:
@@ -64,45 +65,58 @@ def read_losses(
     return loss
 
 
-def read(cls: type, spec: str, *, aux_weight: float = 0.5, **options: Any) -> LossSum:
-    """The losses of a string, as far as it can be judged without a model."""
-    return read_losses(spec, None, **options)
-
-
 def classes_of(head: nn.Module) -> int:
     """How many classes a head has whose last convolution gives the logits."""
     return [m for m in head.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
 
 
-def attach(
-    model: Any, loss: LossSum, take_targets: Callable[..., Any], give_losses: Callable[..., Any]
-) -> None:
-    """Make a criterion ``model.loss``, and hook in what uses it, in place of what was there.
+class SegmentationAdapter(Adapter):
+    """Lets a model compute losses from masks, which it is given beside the images.
 
-    The hooks are functions of a module, and so are copied and pickled with the model.
-
-    Args:
-        model: the model.
-        loss: the criterion.
-        take_targets: hook before the forward pass, with keywords: leaves ``model._targets``.
-        give_losses: hook after the forward pass.
+    ``model.loss`` is the criterion. A hook before the forward pass takes the masks, one after it
+    returns the losses. The hooks are methods of an adapter without state, and so are copied and
+    pickled with the model.
     """
-    loss.adapt(model)
-    detach(model)
-    model.loss = loss
-    model._targets = None
-    model._loss_hooks = (
-        model.register_forward_pre_hook(take_targets, with_kwargs=True),
-        model.register_forward_hook(give_losses),
-    )
 
+    mechanism = "hooks"
 
-def detach(model: Any) -> None:
-    """Undo :func:`attach`."""
-    if hasattr(model, "_loss_hooks"):
-        for handle in model._loss_hooks:
-            handle.remove()
-        del model.loss, model._targets, model._loss_hooks
+    def read(
+        self,
+        cls: type,
+        spec: str,
+        *,
+        mode: Mode | None = None,
+        ignore_index: int | None = None,
+        **defaults: Any,
+    ) -> Losses:
+        return {"": read_losses(spec, None, mode=mode, ignore_index=ignore_index, **defaults)}
+
+    def inject(self, model: Any, losses: Losses, **options: Any) -> None:
+        model.loss = losses[""]
+        model._targets = None
+        model._loss_hooks = (
+            model.register_forward_pre_hook(self.take_targets, with_kwargs=True),
+            model.register_forward_hook(self.give_losses),
+        )
+
+    def restore(self, model: Any) -> None:
+        if self.losses(model):
+            for handle in model._loss_hooks:
+                handle.remove()
+            del model.loss, model._targets, model._loss_hooks
+
+    def losses(self, model: Any) -> Losses:
+        return {"": model.loss} if hasattr(model, "_loss_hooks") else {}
+
+    @abstractmethod
+    def take_targets(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the forward pass: take the masks out of a call, and leave ``model._targets``."""
+
+    @abstractmethod
+    def give_losses(self, model: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """After the forward pass: what the model is to return instead."""
 
 
 def taken(model: Any) -> Any:

@@ -1,6 +1,6 @@
 """Any losses in the models of segmentation-models-pytorch, and its own losses, leaner.
 
-:func:`use_losses` lets a model return its losses in training; the classes with SMP's names stand
+:class:`SMPAdapter` lets a model return its losses in training; the classes with SMP's names stand
 in for SMP's in a pipeline that calls its own criterion, see
 :mod:`detseg_losses.integrations.smp_losses` for what differs.
 """
@@ -11,13 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from detseg_losses._core.batch import Mode
+from detseg_losses.integrations._adapter import Losses
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.segmentation import (
-    attach,
+    SegmentationAdapter,
     classes_of,
-    detach,
-    read,
     read_losses,
     taken,
 )
@@ -38,10 +36,10 @@ from detseg_losses.losses.sigmoid import binary_cross_entropy_loss
 from detseg_losses.losses.softmax import cross_entropy_loss
 
 with needs("smp"):
-    from segmentation_models_pytorch.base import SegmentationModel
     from segmentation_models_pytorch.base.modules import Activation
 
 __all__ = [
+    "ADAPTER",
     "BINARY_MODE",
     "MULTICLASS_MODE",
     "MULTILABEL_MODE",
@@ -50,72 +48,66 @@ __all__ = [
     "JaccardLoss",
     "LovaszLoss",
     "MCCLoss",
+    "SMPAdapter",
     "SoftBCEWithLogitsLoss",
     "SoftCrossEntropyLoss",
     "TverskyLoss",
-    "read",
-    "restore_losses",
-    "use_losses",
 ]
 
 
-def use_losses(
-    model: SegmentationModel,
-    spec: str,
-    *,
-    mode: Mode | None = None,
-    ignore_index: int | None = None,
-    **defaults: Any,
-) -> SegmentationModel:
-    """Let a segmentation model return its losses in training, in place.
+class SMPAdapter(SegmentationAdapter):
+    """Lets a model of segmentation-models-pytorch return its losses in training, by hooks.
 
     In training ``model(images, masks)`` returns the weighted value of each term by name, attached
     to the graph; their sum is the loss. In evaluation, or without masks, the model returns what it
-    always did. ``model.loss`` is the criterion, ``model.loss.values`` holds the values, detached.
-    The keys of the ``state_dict`` are unchanged.
+    always did, and ``model_losses(model)(output, masks)`` is the loss. The keys of the
+    ``state_dict`` are unchanged.
 
     A model with a classification head (``aux_params``) takes the labels of the images as a third
     argument, and adds the loss of its class logits as ``"classification"``: cross entropy for
     class indices ``(B,)``, binary cross entropy for values in [0, 1] of the logits' shape, or
-    ``(B,)`` for a single class. Without labels the class logits are left out of the loss, and the
+    ``(B,)`` for a single class. Without labels the class logits are no part of the loss, and the
     parameters of that head get no gradient.
 
+    The model may be any whose head gives logits, before it is wrapped for several processes.
+
     Args:
-        model: any model of segmentation-models-pytorch whose head gives logits, before it is
-            wrapped for several processes.
-        spec: a loss string of segmentation losses, for example ``"ce + 0.5*dice"``.
         mode: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; None: binary for a model with one
             class, else multiclass. Masks are class indices ``(B, H, W)`` or ``(B, 1, H, W)``, for
             multilabel values in [0, 1] ``(B, C, H, W)``.
-        ignore_index: label of the pixels that are left out.
+        ignore_index: label of the pixels that are ignored.
         **defaults: options for every term that has them, see
             :func:`detseg_losses.build_loss`.
-
-    Returns:
-        The model.
-
-    Raises:
-        SpecError: on a string that cannot be read, or that does not fit the model or the mode.
-        ValueError: where the segmentation head ends in an activation.
     """
-    _check_logits(model.segmentation_head, "activation=None")
-    classes = classes_of(model.segmentation_head)
-    loss = read_losses(spec, classes, mode=mode, ignore_index=ignore_index, **defaults)
-    attach(model, loss, _take_targets, _give_losses)
-    return model
 
+    def fitting(self, model: Any, spec: str, **options: Any) -> Losses:
+        _check_logits(model.segmentation_head, "activation=None")
+        return {"": read_losses(spec, classes_of(model.segmentation_head), **options)}
 
-def restore_losses(model: SegmentationModel) -> SegmentationModel:
-    """Undo :func:`use_losses`, in place."""
-    detach(model)
-    return model
+    def take_targets(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        images, model._targets = _call(*args, **kwargs)
+        return (images,), {}
 
+    def give_losses(self, model: Any, args: tuple[Any, ...], output: Any) -> Any:
+        masks, labels = taken(model)
+        if not model.training or masks is None:
+            return output
+        return self.compute(model, output, masks, labels)
 
-def _take_targets(
-    model: SegmentationModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Tensor], dict[str, Any]]:
-    images, model._targets = _call(*args, **kwargs)
-    return (images,), {}
+    def compute(
+        self, model: Any, output: Any, masks: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        logits, class_logits = output if isinstance(output, tuple) else (output, None)
+        losses: dict[str, Tensor] = model.loss.compute(logits, masks)
+        if labels is not None:
+            if class_logits is None:
+                raise ValueError("labels were given, but the model has no classification head")
+            _check_logits(model.classification_head, "aux_params={'activation': None, ...}")
+            losses["classification"] = _classification_loss(class_logits, labels)
+            model.loss.values["classification"] = losses["classification"].detach()
+        return losses
 
 
 def _call(
@@ -123,21 +115,6 @@ def _call(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """What the model can be called with."""
     return x, (masks, labels)
-
-
-def _give_losses(model: SegmentationModel, args: tuple[Any, ...], output: Any) -> Any:
-    masks, labels = taken(model)
-    if not model.training or masks is None:
-        return output
-    logits, class_logits = output if isinstance(output, tuple) else (output, None)
-    losses = model.loss.compute(logits, masks)
-    if labels is not None:
-        if class_logits is None:
-            raise ValueError("labels were given, but the model has no classification head")
-        _check_logits(model.classification_head, "aux_params={'activation': None, ...}")
-        losses["classification"] = _classification_loss(class_logits, labels)
-        model.loss.values["classification"] = losses["classification"].detach()
-    return losses
 
 
 def _classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -153,3 +130,6 @@ def _check_logits(head: nn.Module, remedy: str) -> None:
                 f"the head ends in {type(module.activation).__name__}, but losses are computed on "
                 f"logits; build the model with {remedy}"
             )
+
+
+ADAPTER = SMPAdapter()

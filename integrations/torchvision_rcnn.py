@@ -10,19 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from detseg_losses._core.blocks import rows_where
+from detseg_losses.integrations._adapter import Adapter, Losses, Swapped
 from detseg_losses.integrations.detection import (
     Positives,
     Roles,
     box_losses,
     check_labels,
-    check_own,
-    compare_all,
     detached,
-    entries,
     of_matches,
     read_losses,
+    settle,
     terms_of,
-    total,
     with_objects,
     within_0_and_1,
 )
@@ -31,7 +29,6 @@ from detseg_losses.spec import LossSum, build_loss, read_stages
 
 with needs("torchvision"):
     from torchvision.models.detection._utils import BoxCoder
-    from torchvision.models.detection.faster_rcnn import FasterRCNN
     from torchvision.models.detection.keypoint_rcnn import KeypointRCNN
     from torchvision.models.detection.mask_rcnn import MaskRCNN
     from torchvision.models.detection.roi_heads import (
@@ -52,120 +49,10 @@ ROLES: dict[str, Roles] = {
 Targets = list[dict[str, Tensor]]
 
 
-def use_losses(model: FasterRCNN, spec: str) -> FasterRCNN:
-    """Let a Faster, Mask or Keypoint R-CNN train with other losses, in place.
+class LossRPN(Swapped, RegionProposalNetwork):
+    """A region proposal network with other losses."""
 
-    A string addresses the stages of the model, ``"rpn: giou+bce; roi: giou+ce; mask: bce+dice"``;
-    a stage that it does not name stays as it is. Losses without a stage, which come first, are for
-    both ``rpn`` and ``roi``: ``"giou+focal; mask: dice"``.
-
-    ========  =================  =========================================  =================
-    stage     entry              losses                                     torchvision's own
-    ========  =================  =========================================  =================
-    rpn       loss_objectness    of one sigmoid: ``bce``, ``focal``, ...    ``bce``
-    \\         loss_rpn_box_reg   of boxes or offsets: ``giou``, ``l1``, ... ``smooth_l1``
-    roi       loss_classifier    of a softmax: ``ce``, ``softmax_focal``    ``ce``
-    \\         loss_box_reg       of boxes or offsets                        ``smooth_l1``
-    mask      loss_mask          of binary masks: ``bce``, ``dice``, ...    ``bce``
-    keypoint  loss_keypoint      of a softmax over the places of a heatmap  ``ce``
-    ========  =================  =========================================  =================
-
-    The ``beta`` of torchvision's ``smooth_l1`` is 1/9.
-
-    Sampling and normalisation stay torchvision's: the losses of classes are means over the sampled
-    anchors or proposals of the batch, those of boxes sums over the positive ones among them,
-    divided by the number of all. Masks and keypoints are means over the positive proposals; a
-    region loss such as ``dice`` is that of each proposal.
-
-    Where a softmax is trained, ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``, with
-    a warning. A role without a term keeps the model's own loss, with a warning.
-
-    The dictionary that the model returns in training keeps its keys, so does its ``state_dict``;
-    ``model.rpn.loss`` and ``model.roi_heads.losses`` hold the losses, their ``values`` the value of
-    each term.
-
-    Args:
-        model: any Faster, Mask or Keypoint R-CNN, before it is wrapped for several processes.
-        spec: a loss string, with or without stages.
-
-    Returns:
-        The model.
-
-    Raises:
-        SpecError: on a string that cannot be read, a stage that the model does not have, a term
-            that has no role in its stage, or weights that are not one for each of its classes.
-        TypeError: where the RPN or the RoI heads are not torchvision's own.
-    """
-    owner, heads = type(model).__name__, model.roi_heads
-    stages = ["rpn", "roi"]
-    stages += ["mask"] * heads.has_mask() + ["keypoint"] * heads.has_keypoint()
-    losses = _read(spec, stages, owner)
-    for stage in losses:
-        head = f"stage {stage!r} of {owner}"
-        if (classes := _classes(heads, stage)) is not None:
-            losses[stage].check_classes(classes)
-        found, own, ours = heads, RoIHeads, LossRoIHeads
-        if stage == "rpn":
-            found, own, ours = model.rpn, RegionProposalNetwork, LossRPN
-        check_own(head, found, own, ours)
-    for loss in losses.values():
-        loss.adapt(model)
-    restore_losses(model)
-    if "rpn" in losses:
-        model.rpn.__class__ = LossRPN
-        model.rpn.loss = losses.pop("rpn")
-    if losses:
-        heads.__class__ = LossRoIHeads
-        heads.losses = nn.ModuleDict(losses)
-    return model
-
-
-def read(cls: type, spec: str) -> dict[str, LossSum]:
-    """The losses of each stage, as far as the string can be judged without a model."""
-    stages = ["rpn", "roi"] + ["mask"] * issubclass(cls, MaskRCNN)
-    return _read(spec, stages + ["keypoint"] * issubclass(cls, KeypointRCNN), cls.__name__)
-
-
-def _read(spec: str, stages: list[str], owner: str) -> dict[str, LossSum]:
-    losses: dict[str, LossSum] = {}
-    for stage, part in read_stages(spec, stages, owner, unnamed=("rpn", "roi")).items():
-        losses[stage] = read_losses(
-            part,
-            f"stage {stage!r} of {owner}",
-            ROLES[stage],
-            None,
-            softmax=stage in ("roi", "keypoint"),
-            masks=stage != "mask" and "mask" in stages,
-        )
-        if stage == "mask":  # where each object is what an image is elsewhere
-            losses[stage] = build_loss(part, "segmentation", mode="binary", per_image=True)
-    return losses
-
-
-def _classes(heads: RoIHeads, stage: str) -> int | None:
-    """How many classes a stage tells apart; None where that shows in training."""
-    if stage == "roi":
-        return getattr(getattr(heads.box_predictor, "cls_score", None), "out_features", None)
-    return None if stage == "keypoint" else 1
-
-
-def restore_losses(model: FasterRCNN) -> FasterRCNN:
-    """Give the model back the losses that it came with, in place."""
-    if isinstance(model.rpn, LossRPN):
-        del model.rpn.loss
-        model.rpn.__class__ = RegionProposalNetwork
-    if isinstance(model.roi_heads, LossRoIHeads):
-        del model.roi_heads.losses
-        model.roi_heads.__class__ = RoIHeads
-    return model
-
-
-class LossRPN(RegionProposalNetwork):
-    """A region proposal network with other losses.
-
-    A model's own becomes one by its ``__class__``, so that whatever it holds, now or later, stays
-    in its place.
-    """
+    own = RegionProposalNetwork
 
     loss: LossSum
     fg_bg_sampler: Any
@@ -223,14 +110,15 @@ class LossRPN(RegionProposalNetwork):
             return dict(zip(ROLES["rpn"], values, strict=True))
 
         losses = dict(zip(ROLES["rpn"], (classification, boxes), strict=True))
-        if has_objects:
-            compare_all(self.loss, losses, own, "rpn: ")
-        of_class, of_boxes = entries(losses, own).values()
+        of_class, of_boxes = settle(self.loss, losses, own, has_objects, "rpn: ").values()
         return of_class, of_boxes
 
 
-class LossRoIHeads(RoIHeads):
-    """The heads of a Faster, Mask or Keypoint R-CNN with other losses, see :class:`LossRPN`."""
+class LossRoIHeads(Swapped, RoIHeads):
+    """The heads of a Faster, Mask or Keypoint R-CNN with other losses."""
+
+    own = RoIHeads
+    added = ("losses",)
 
     losses: Any  # a ModuleDict of a LossSum for each of the stages "roi", "mask", "keypoint"
 
@@ -255,7 +143,7 @@ class LossRoIHeads(RoIHeads):
             return super().forward(features, proposals, image_shapes, targets)
         assert targets is not None  # or there are no samples
         check_labels([target["labels"] for target in targets], _classes(self, "roi"))
-        predictors = {
+        predictors: dict[str, Any] = {
             "roi": self.box_predictor,
             "mask": self.mask_predictor,
             "keypoint": self.keypoint_predictor,
@@ -283,10 +171,13 @@ class LossRoIHeads(RoIHeads):
         if "keypoint" in predicted:
             points = [t["keypoints"][m] for t, m in zip(targets, matched, strict=True)]
             losses |= self._keypoint_losses(predicted["keypoint"], proposals, points)
-        for stage in self.losses if with_objects(targets) else ():
+        has_objects, entries = with_objects(targets), dict(stock)
+        for stage in self.losses:
             of_stage = {entry: losses[entry] for entry in ROLES[stage]}
-            compare_all(self.losses[stage], of_stage, lambda: stock, f"{stage}: ")
-        return detections, stock | {entry: total(v) for entry, v in losses.items() if v}
+            entries |= settle(
+                self.losses[stage], of_stage, lambda: stock, has_objects, f"{stage}: "
+            )
+        return detections, entries
 
     def _roi_losses(
         self,
@@ -353,3 +244,102 @@ class LossRoIHeads(RoIHeads):
 def _keep(predicted: dict[str, Any], stage: str, module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook that notes what a predictor gives."""
     predicted[stage] = output
+
+
+class RCNNAdapter(Adapter):
+    r"""Lets a Faster, Mask or Keypoint R-CNN train with other losses: its RPN becomes a
+    :class:`LossRPN`, its RoI heads :class:`LossRoIHeads`.
+
+    A string addresses the stages of the model, ``"rpn: giou+bce; roi: giou+ce; mask: bce+dice"``;
+    a stage that it does not name stays as it is. Losses without a stage, which come first, are for
+    both ``rpn`` and ``roi``: ``"giou+focal; mask: dice"``.
+
+    ========  =================  =========================================  =================
+    stage     entry              losses                                     torchvision's own
+    ========  =================  =========================================  =================
+    rpn       loss_objectness    of one sigmoid: ``bce``, ``focal``, ...    ``bce``
+    \         loss_rpn_box_reg   of boxes or offsets: ``giou``, ``l1``, ... ``smooth_l1``
+    roi       loss_classifier    of a softmax: ``ce``, ``softmax_focal``    ``ce``
+    \         loss_box_reg       of boxes or offsets                        ``smooth_l1``
+    mask      loss_mask          of binary masks: ``bce``, ``dice``, ...    ``bce``
+    keypoint  loss_keypoint      of a softmax over the places of a heatmap  ``ce``
+    ========  =================  =========================================  =================
+
+    The ``beta`` of torchvision's ``smooth_l1`` is 1/9.
+
+    Sampling and normalisation stay torchvision's: the losses of classes are means over the sampled
+    anchors or proposals of the batch, those of boxes sums over the positive ones among them,
+    divided by the number of all. Masks and keypoints are means over the positive proposals; a
+    region loss such as ``dice`` is that of each proposal.
+
+    Where a softmax is trained, ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``, and
+    the other way round where sigmoids are, with a warning. A role without a term keeps the model's
+    own loss, with a warning. The dictionary that the model returns in training keeps its keys, so
+    does its ``state_dict``.
+
+    The RPN and the RoI heads must be torchvision's own, in a model that is not yet wrapped for
+    several processes.
+    """
+
+    mechanism = "class"
+
+    def read(self, cls: type, spec: str) -> Losses:
+        stages = ["rpn", "roi"] + ["mask"] * issubclass(cls, MaskRCNN)
+        return _read(spec, stages + ["keypoint"] * issubclass(cls, KeypointRCNN), cls.__name__)
+
+    def fitting(self, model: Any, spec: str) -> Losses:
+        owner, heads = type(model).__name__, model.roi_heads
+        stages = ["rpn", "roi"]
+        stages += ["mask"] * heads.has_mask() + ["keypoint"] * heads.has_keypoint()
+        losses = _read(spec, stages, owner)
+        for stage, loss in losses.items():
+            if (classes := _classes(heads, stage)) is not None:
+                loss.check_classes(classes)
+            name = f"stage {stage!r} of {owner}"
+            if stage == "rpn":
+                LossRPN.check_own(name, model.rpn)
+            else:
+                LossRoIHeads.check_own(name, heads)
+        return losses
+
+    def inject(self, model: Any, losses: Losses) -> None:
+        if "rpn" in losses:
+            LossRPN.swap(model.rpn, losses["rpn"])
+        if of_heads := {stage: loss for stage, loss in losses.items() if stage != "rpn"}:
+            LossRoIHeads.swap(model.roi_heads, nn.ModuleDict(of_heads))
+
+    def restore(self, model: Any) -> None:
+        LossRPN.swap_back(model.rpn)
+        LossRoIHeads.swap_back(model.roi_heads)
+
+    def losses(self, model: Any) -> Losses:
+        losses = {"rpn": model.rpn.loss} if isinstance(model.rpn, LossRPN) else {}
+        heads = model.roi_heads
+        return losses | (dict(heads.losses.items()) if isinstance(heads, LossRoIHeads) else {})
+
+
+def _read(spec: str, stages: list[str], owner: str) -> Losses:
+    losses: Losses = {}
+    for stage, part in read_stages(spec, stages, owner, unnamed=("rpn", "roi")).items():
+        losses[stage] = read_losses(
+            part,
+            f"stage {stage!r} of {owner}",
+            ROLES[stage],
+            None,
+            softmax=stage in ("roi", "keypoint"),
+            masks=stage != "mask" and "mask" in stages,
+        )
+        if stage == "mask":  # where each object is what an image is elsewhere
+            options: dict[str, Any] = {"mode": "binary", "per_image": True}
+            losses[stage] = build_loss(repr(losses[stage]), "segmentation", **options)
+    return losses
+
+
+def _classes(heads: RoIHeads, stage: str) -> int | None:
+    """How many classes a stage tells apart; None where that shows in training."""
+    if stage == "roi":
+        return getattr(getattr(heads.box_predictor, "cls_score", None), "out_features", None)
+    return None if stage == "keypoint" else 1
+
+
+ADAPTER = RCNNAdapter()

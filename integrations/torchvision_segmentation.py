@@ -2,95 +2,86 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from detseg_losses._core.batch import Mode
+from detseg_losses.integrations._adapter import Losses
 from detseg_losses.integrations.extras import needs
 from detseg_losses.integrations.segmentation import (
-    attach,
+    SegmentationAdapter,
     classes_of,
-    detach,
     losses_of,
-    read,  # noqa: F401
     read_losses,
     taken,
 )
 from detseg_losses.spec import SpecError
 
 with needs("torchvision"):
-    from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
-
-Model = TypeVar("Model", FCN, DeepLabV3, LRASPP)
+    import torchvision  # noqa: F401
 
 
-def use_losses(
-    model: Model,
-    spec: str,
-    *,
-    aux_weight: float = 0.5,
-    ignore_index: int | None = None,
-    mode: Mode | None = None,
-    **defaults: Any,
-) -> Model:
-    """Let a segmentation model return its losses in training, in place.
+class TorchvisionAdapter(SegmentationAdapter):
+    """Lets an FCN, DeepLabV3 or LRASPP return its losses in training, by hooks.
 
     In training ``model(images, masks)`` returns the weighted value of each term by name, attached
     to the graph; their sum is the loss. A model with an auxiliary classifier adds the sum of the
     same terms on its logits, times ``aux_weight``, as ``"aux"``. In evaluation, or without masks,
-    the model returns its dictionary of logits, as it always did. ``model.loss`` is the criterion,
-    ``model.loss.values`` holds the values, detached. The keys of the ``state_dict`` are unchanged.
+    the model returns its dictionary of logits, as it always did, and
+    ``model_losses(model)(output, masks)`` is the loss. The keys of the ``state_dict`` are
+    unchanged.
 
     Args:
-        model: an FCN, DeepLabV3 or LRASPP, before it is wrapped for several processes.
-        spec: a loss string of segmentation losses, for example ``"ce + 0.5*dice"``.
         aux_weight: weight of the loss of the auxiliary logits; torchvision's reference script
             trains with 0.5.
-        ignore_index: label of the pixels that are left out; 255 in that script.
         mode: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; None: binary for a model with one
             class, else multiclass. Masks are class indices ``(B, H, W)`` or ``(B, 1, H, W)``, for
             multilabel values in [0, 1] ``(B, C, H, W)``.
+        ignore_index: label of the pixels that are ignored; 255 in that script.
         **defaults: options for every term that has them, see
             :func:`detseg_losses.build_loss`.
-
-    Returns:
-        The model.
-
-    Raises:
-        SpecError: on a string that cannot be read, or that does not fit the model or the mode, and
-            where the auxiliary classifier has another number of classes.
     """
-    classes = classes_of(model.classifier)
-    loss = read_losses(spec, classes, mode=mode, ignore_index=ignore_index, **defaults)
-    auxiliary = getattr(model, "aux_classifier", None)
-    if auxiliary is not None and classes_of(auxiliary) != classes:
-        raise SpecError(
-            f"the classifier has {classes} class(es) and aux_classifier {classes_of(auxiliary)}; "
-            "replace both, or set model.aux_classifier = None"
-        )
-    attach(model, loss, _take_masks, partial(_give_losses, aux_weight=aux_weight))
-    return model
+
+    def read(self, cls: type, spec: str, *, aux_weight: float = 0.5, **options: Any) -> Losses:
+        return super().read(cls, spec, **options)
+
+    def fitting(self, model: Any, spec: str, *, aux_weight: float = 0.5, **options: Any) -> Losses:
+        classes = classes_of(model.classifier)
+        losses = {"": read_losses(spec, classes, **options)}
+        auxiliary = getattr(model, "aux_classifier", None)
+        if auxiliary is not None and classes_of(auxiliary) != classes:
+            raise SpecError(
+                f"the classifier has {classes} class(es) and aux_classifier "
+                f"{classes_of(auxiliary)}; replace both, or set model.aux_classifier = None"
+            )
+        return losses
+
+    def inject(
+        self, model: Any, losses: Losses, *, aux_weight: float = 0.5, **options: Any
+    ) -> None:
+        super().inject(model, losses)
+        model._aux_weight = aux_weight
+
+    def restore(self, model: Any) -> None:
+        super().restore(model)
+        vars(model).pop("_aux_weight", None)
+
+    def take_targets(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        model._targets = kwargs.pop("masks", None)
+        if len(args) > 1:
+            args, model._targets = (args[0], *args[2:]), args[1]
+        return args, kwargs
+
+    def give_losses(self, model: Any, args: tuple[Any, ...], output: Any) -> Any:
+        masks = taken(model)
+        if not model.training or masks is None:
+            return output
+        return self.compute(model, output, masks)
+
+    def compute(self, model: Any, output: Any, masks: Tensor) -> dict[str, Tensor]:
+        return losses_of(model.loss, output["out"], output.get("aux"), masks, model._aux_weight)
 
 
-def restore_losses(model: Model) -> Model:
-    """Undo :func:`use_losses`, in place."""
-    detach(model)
-    return model
-
-
-def _take_masks(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    model._targets = kwargs.pop("masks", None)
-    if len(args) > 1:
-        args, model._targets = (args[0], *args[2:]), args[1]
-    return args, kwargs
-
-
-def _give_losses(model: Any, args: Any, output: dict[str, Tensor], *, aux_weight: float) -> Any:
-    masks = taken(model)
-    if not model.training or masks is None:
-        return output
-    return losses_of(model.loss, output["out"], output.get("aux"), masks, aux_weight)
+ADAPTER = TorchvisionAdapter()

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from detseg_losses.integrations._adapter import Adapter, Losses
 from detseg_losses.integrations.detection import (
+    AnchorLosses,
+    Coding,
     Normalizer,
-    Positives,
     Roles,
-    box_losses,
-    check_labels,
-    compare_all,
-    detached,
-    entries,
-    factor_of_images,
     of_matches,
     read_losses,
     terms_of,
-    with_objects,
 )
 from detseg_losses.integrations.extras import needs
-from detseg_losses.spec import LossSum
 
 with needs("torchvision"):
     from torchvision.models.detection._utils import BoxCoder
@@ -35,117 +28,84 @@ ROLES: Roles = {
     "bbox_regression": ("boxes", "deltas"),
 }
 
-Model = TypeVar("Model", bound=SSD)
+
+class SSDWithLosses(AnchorLosses, SSD):
+    """An SSD with other losses."""
+
+    own = SSD
+    entries = ("bbox_regression", "classification")
+    background = True
+
+    neg_to_pos_ratio: float
+
+    def coder(self) -> tuple[Coding, Coding]:
+        coder: BoxCoder = self.box_coder
+        return coder.encode_single, coder.decode_single
+
+    def class_losses(
+        self,
+        logits: Tensor,
+        targets: list[dict[str, Tensor]],
+        matched_idxs: list[Tensor],
+        factor: Tensor,
+    ) -> dict[str, Tensor]:
+        foreground = torch.stack(matched_idxs) >= 0
+        labels = of_matches("labels", targets, matched_idxs)  # 0, the background, without a match
+        values = {}
+        for name, term in terms_of(self.loss, ROLES["classification"]):
+            each = term(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            sums = sum_with_hardest(each.view_as(labels), foreground, self.neg_to_pos_ratio)
+            values[name] = self.loss.weighted(name, (sums * factor).sum())
+        return values
 
 
-def use_losses(model: Model, spec: str, *, normalizer: Normalizer = "batch") -> Model:
-    """Let an SSD or SSDlite train with other losses, in place.
+class SSDAdapter(Adapter):
+    """Lets an SSD or SSDlite train with other losses: it becomes an :class:`SSDWithLosses`.
 
     Terms go by their kind: those of a softmax (``ce``, ``softmax_focal``, ``poly``, ...) replace
-    the cross entropy, box terms (on decoded boxes) and delta terms (on encoded offsets) the smooth
-    L1 loss. ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``, with a warning. A role
+    the cross entropy, box terms (on decoded boxes) and terms on encoded offsets the smooth L1
+    loss. ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``, with a warning. A role
     without a term keeps the model's own loss, with a warning. The dictionary that the model
-    returns in training keeps its keys, so does its ``state_dict``; ``model.loss.values`` holds
-    the value of each term.
+    returns in training keeps its keys, so does its ``state_dict``.
 
     As in torchvision only the hardest negatives of an image count in the classification,
     ``model.neg_to_pos_ratio`` for each positive anchor. Each term chooses those that it itself
     finds the hardest.
 
+    The model may be any SSD before it is wrapped for several processes, but not of a subclass,
+    which would lose its own methods. Weights of classes are one for each class that the head
+    counts.
+
     Args:
-        model: any SSD, before it is wrapped for several processes.
-        spec: a loss string, for example ``"giou + softmax_focal(gamma=1.5)"``.
         normalizer: the sums over anchors are divided by the number of positive anchors (at least
             1): of the whole ``"batch"``, as torchvision does, but over all processes; or of each
             ``"image"``, then averaged over the images, which under equal batch sizes is the same
             for any number of processes or accumulated batches.
-
-    Returns:
-        The model, now of a subclass of its class.
-
-    Raises:
-        TypeError: on a subclass of SSD, which would lose its own methods.
-        SpecError: on a string that cannot be read, a term that has no role here, or weights that
-            are not one for each class that the head counts.
     """
-    if type(model) not in (SSD, SSDWithLosses):
-        raise TypeError(
-            f"no adapter for {type(model).__name__}: it is the class of an SSD that is replaced, "
-            "and a subclass would lose its own methods"
-        )
-    loss = read(type(model), spec, normalizer=normalizer)
-    loss.check_classes(model.head.classification_head.num_columns)
-    loss.adapt(model)
-    restore_losses(model)
-    model.__class__ = SSDWithLosses
-    model.loss = loss
-    model.normalizer = normalizer
-    return model
 
+    mechanism = "class"
 
-def read(cls: type, spec: str, *, normalizer: Normalizer = "batch") -> LossSum:
-    """The losses of a string, as far as it can be judged without a model."""
-    return read_losses(spec, "SSD", ROLES, normalizer, softmax=True)
+    def read(self, cls: type, spec: str, *, normalizer: Normalizer = "batch") -> Losses:
+        return {"": read_losses(spec, "SSD", ROLES, normalizer, softmax=True)}
 
+    def fitting(self, model: Any, spec: str, **options: Any) -> Losses:
+        if type(model) not in (SSD, SSDWithLosses):
+            raise TypeError(
+                f"no adapter for {type(model).__name__}: it is the class of an SSD that is "
+                "replaced, and a subclass would lose its own methods"
+            )
+        losses = self.read(type(model), spec, **options)
+        losses[""].check_classes(model.head.classification_head.num_columns)
+        return losses
 
-def restore_losses(model: Model) -> Model:
-    """Give an SSD back the class, and so the losses, that it came with; in place."""
-    if isinstance(model, SSDWithLosses):
-        del model.loss, model.normalizer
-        model.__class__ = SSD
-    return model
+    def inject(self, model: Any, losses: Losses, *, normalizer: Normalizer = "batch") -> None:
+        SSDWithLosses.swap(model, losses[""], normalizer)
 
+    def restore(self, model: Any) -> None:
+        SSDWithLosses.swap_back(model)
 
-class SSDWithLosses(SSD):
-    """An SSD whose losses are replaced, see :func:`use_losses`."""
-
-    loss: LossSum
-    normalizer: Normalizer
-
-    def compute_loss(
-        self,
-        targets: list[dict[str, Tensor]],
-        head_outputs: dict[str, Tensor],
-        anchors: list[Tensor],
-        matched_idxs: list[Tensor],
-    ) -> dict[str, Tensor]:
-        """The losses of a batch, ``{"bbox_regression": ..., "classification": ...}``.
-
-        Args:
-            targets: of each image ``boxes`` ``(G, 4)`` and ``labels`` ``(G,)``.
-            head_outputs: ``cls_logits`` ``(B, A, K)`` and ``bbox_regression`` ``(B, A, 4)``.
-            anchors: of each image ``(A, 4)``.
-            matched_idxs: of each image ``(A,)``: which object, -1 none.
-
-        Raises:
-            ValueError: on a label out of range, on the CPU.
-        """
-        check_labels([t["labels"] for t in targets], head_outputs["cls_logits"].shape[-1])
-        foreground = torch.stack(matched_idxs) >= 0
-        factor = factor_of_images(foreground, self.normalizer)
-        labels = of_matches("labels", targets, matched_idxs)  # 0, the background, without a match
-        logits = head_outputs["cls_logits"]
-        classification = {}
-        for name, term in terms_of(self.loss, ROLES["classification"]):
-            each = term(logits.flatten(0, 1), labels.flatten(), reduction="none")
-            sums = sum_with_hardest(each.view_as(labels), foreground, self.neg_to_pos_ratio)
-            classification[name] = self.loss.weighted(name, (sums * factor).sum())
-
-        coder: BoxCoder = self.box_coder
-        regression = box_losses(
-            self.loss,
-            Positives.of_batch(targets, anchors, matched_idxs, factor),
-            head_outputs["bbox_regression"].flatten(0, 1),
-            coder.encode_single,
-            coder.decode_single,
-        )
-
-        self.loss.record(detached(classification, regression))
-        losses = {"bbox_regression": regression, "classification": classification}
-        stock = partial(super().compute_loss, targets, head_outputs, anchors, matched_idxs)
-        if with_objects(targets):
-            compare_all(self.loss, losses, stock)
-        return entries(losses, stock)
+    def losses(self, model: Any) -> Losses:
+        return {"": model.loss} if isinstance(model, SSDWithLosses) else {}
 
 
 def sum_with_hardest(losses: Tensor, foreground: Tensor, ratio: float) -> Tensor:
@@ -165,3 +125,6 @@ def sum_with_hardest(losses: Tensor, foreground: Tensor, ratio: float) -> Tensor
     count = (ratio * count).clamp(max=foreground.shape[1] - count)  # no more than there are
     chosen = torch.arange(foreground.shape[1], device=losses.device) < count
     return (positives + torch.where(chosen, hardest, 0)).sum(1, keepdim=True)
+
+
+ADAPTER = SSDAdapter()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from detseg_losses._core.blocks import compute_dtype
 from detseg_losses._core.module import Loss
+from detseg_losses.integrations._adapter import Adapter, Losses
 from detseg_losses.integrations.detection import (
     Roles,
     check_class_labels,
@@ -70,55 +71,62 @@ COEFFICIENTS = {
 """What configurations call the weight of each entry."""
 
 
-def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
-    """Let a DETR, or a detector of its kind, train with other losses, in place.
+class DetrAdapter(Adapter):
+    """Lets a DETR, or a detector of its kind, train with other losses: a :class:`LossFunction`
+    becomes ``model.loss_function``, which transformers' models call.
 
     Terms go by their kind, and each replaces one entry of the loss dictionary: those of classes
-    ``loss_ce`` (or ``loss_vfl``, ``loss_mal``), delta terms ``loss_bbox`` (on normalised centre,
-    width and height), box terms ``loss_giou`` (on normalised corners), in the last layer, the
-    auxiliary outputs and the denoising queries alike. The weights of the string are the weights:
-    the coefficients of ``model.config`` count for the entries without a term alone, which keep
-    the model's own loss, with a warning. So ``"ce + 5*l1 + 2*giou"`` is what DETR does by default.
+    ``loss_ce`` (or ``loss_vfl``, ``loss_mal``), terms on offsets ``loss_bbox`` (on normalised
+    centre, width and height), box terms ``loss_giou`` (on normalised corners), in the last layer,
+    the auxiliary outputs and the denoising queries alike. The weights of the string are the
+    weights: the coefficients of ``model.config`` count for the entries without a term alone, which
+    keep the model's own loss, with a warning. So ``"ce + 5*l1 + 2*giou"`` is what DETR does by
+    default.
+
+    DETR, YOLOS and Table Transformer have a softmax with "no object" as the last class, which
+    ``eos_coefficient`` weighs: there ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``,
+    and the other way round where classes are sigmoids. There ``varifocal`` and ``quality_focal``
+    learn the IoU of the box.
 
     The model calls as before, and returns ``loss`` and ``loss_dict`` with the same keys. The keys
-    of its ``state_dict``, and so of a saved checkpoint, are unchanged. ``model.detseg_losses`` is
-    the :class:`~detseg_losses.LossSum`; its ``values`` are summed over all outputs of a step.
-
-    Args:
-        model: a detector whose class this module adapts, before it is wrapped for several
-            processes.
-        spec: a loss string, for example ``"focal + 5*l1 + 2*ciou"``. DETR, YOLOS and Table
-            Transformer have a softmax with "no object" as the last class, which ``eos_coefficient``
-            weighs: there ``focal`` is taken as ``softmax_focal`` and ``bce`` as ``ce``. Where
-            classes are sigmoids ``varifocal`` and ``quality_focal`` learn the IoU of the box.
-
-    Returns:
-        The model.
-
-    Raises:
-        SpecError: on a string that cannot be read, a term that has no entry here, or weights that
-            are not one for each class that the head counts.
+    of its ``state_dict``, and so of a saved checkpoint, are unchanged. The values of the terms are
+    summed over all outputs of a step.
     """
-    roles, softmax = _roles(model.loss_type)
-    loss = read_losses(spec, type(model).__name__, roles, "batch", softmax=softmax)
-    loss.check_classes(model.config.num_labels + softmax)
-    loss.adapt(model)
-    restore_losses(model)
-    # A submodule, so that it follows the model to its device and an optimizer finds its weights.
-    model.detseg_losses = loss
-    model.loss_function = function = LossFunction(loss, model, roles)
-    function.hook = model.register_forward_pre_hook(_check_labels, with_kwargs=True)
-    return model
 
+    mechanism = "callable"
 
-def read(cls: type, spec: str) -> LossSum:
-    """The losses of a string, as far as it can be judged without a model."""
-    names = " ".join(each.__name__ for each in cls.__mro__)
-    found = re.search("|".join(LOSS_MAPPING), names)  # as a model itself finds it
-    if found is None:
-        raise TypeError(f"transformers has no loss for {cls.__name__}")
-    roles, softmax = _roles(found.group())
-    return read_losses(spec, cls.__name__, roles, "batch", softmax=softmax)
+    def read(self, cls: type, spec: str) -> Losses:
+        names = " ".join(each.__name__ for each in cls.__mro__)
+        found = re.search("|".join(LOSS_MAPPING), names)  # as a model itself finds it
+        if found is None:
+            raise TypeError(f"transformers has no loss for {cls.__name__}")
+        roles, softmax = _roles(found.group())
+        return {"": read_losses(spec, cls.__name__, roles, "batch", softmax=softmax)}
+
+    def fitting(self, model: Any, spec: str) -> Losses:
+        roles, softmax = _roles(model.loss_type)
+        loss = read_losses(spec, type(model).__name__, roles, "batch", softmax=softmax)
+        loss.check_classes(model.config.num_labels + softmax)
+        return {"": loss}
+
+    def inject(self, model: Any, losses: Losses) -> None:
+        # A submodule: it follows the model to its device, and an optimizer finds its weights.
+        model.detseg_losses = losses[""]
+        roles, _ = _roles(model.loss_type)
+        model.loss_function = function = LossFunction(losses[""], model, roles)
+        function.hook = model.register_forward_pre_hook(_check_labels, with_kwargs=True)
+
+    def restore(self, model: Any) -> None:
+        function = vars(model).get("_loss_function")
+        if isinstance(function, LossFunction):
+            function.hook.remove()
+            del model.detseg_losses, model._loss_function
+            if function.before is not None:
+                model.loss_function = function.before
+
+    def losses(self, model: Any) -> Losses:
+        function = vars(model).get("_loss_function")
+        return {"": function.loss} if isinstance(function, LossFunction) else {}
 
 
 def _roles(loss_type: str) -> tuple[Roles, bool]:
@@ -131,17 +139,6 @@ def _roles(loss_type: str) -> tuple[Roles, bool]:
         "loss_giou": ("boxes",),
     }
     return roles, softmax
-
-
-def restore_losses(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo :func:`use_losses`, in place."""
-    function = vars(model).get("_loss_function")
-    if isinstance(function, LossFunction):
-        function.hook.remove()
-        del model.detseg_losses, model._loss_function
-        if function.before is not None:
-            model.loss_function = function.before
-    return model
 
 
 def _check_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -341,3 +338,6 @@ def _criterion(function: Any) -> tuple[str, Any]:
         if name in CLASS_ENTRIES:
             return name, function.__globals__[name]
     raise TypeError(f"{function.__name__} has none of the criteria {', '.join(CLASS_ENTRIES)}")
+
+
+ADAPTER = DetrAdapter()

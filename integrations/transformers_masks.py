@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detseg_losses._core.module import Loss
+from detseg_losses.integrations._adapter import Adapter, Losses, Swapped
 from detseg_losses.integrations.detection import (
     FIXED,
     check_class_labels,
@@ -31,7 +32,6 @@ from detseg_losses.losses.softmax import PixelLoss
 from detseg_losses.spec import LossSum, SpecError, build_loss, warn
 
 with needs("transformers"):
-    from transformers import PreTrainedModel
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
     from transformers.models.maskformer.modeling_maskformer import MaskFormerLoss
 
@@ -45,66 +45,14 @@ ENTRIES: dict[str, type[Loss]] = {
 """The entries of the loss dictionary, and which losses serve each."""
 
 
-def use_losses(model: PreTrainedModel, spec: str) -> PreTrainedModel:
-    """Let a MaskFormer or Mask2Former train with other losses, in place.
-
-    Losses of classes that exclude each other (``ce``, ``softmax_focal``) replace that of the
-    classes of the queries, those of independent sigmoids (``bce``, ``focal``) the pixel loss of the
-    masks, region losses (``dice``, ``tversky``) the Dice loss of the masks, in all layers that have
-    losses. The weights of the string are the weights: those of ``model.config`` count only for the
-    entries without a term, which keep the model's own loss, with a warning. So
-    ``"2*ce + 5*bce + 5*dice(smooth=1)"`` is what Mask2Former does by default, and
-    ``"ce + 20*focal + dice(smooth=1)"`` what MaskFormer does.
-
-    The keys of the ``state_dict``, and so of a saved checkpoint, are unchanged.
-    ``model.criterion.terms`` is the :class:`~detseg_losses.LossSum`; its ``values`` are summed over
-    the layers of a step.
-
-    Args:
-        model: a MaskFormer or Mask2Former of transformers, before it is wrapped for several
-            processes.
-        spec: a loss string.
-
-    Returns:
-        The model.
-
-    Raises:
-        SpecError: on a string that cannot be read, a term that has no entry here, or weights that
-            are not one for each class and one for "no object".
-    """
-    loss = read(type(model), spec)
-    for _, _, term in loss.items():
-        classes = model.config.num_labels + 1 if isinstance(term, PixelLoss) else 1
-        LossSum([(1.0, term)]).check_classes(classes)
-    loss.adapt(model)
-    restore_losses(model)
-    criterion = model.criterion
-    criterion.before = type(criterion), model.weight_dict
-    criterion.__class__ = CRITERIA[type(criterion)]
-    criterion.terms = loss
-    # The model multiplies what the criterion returns by these.
-    model.weight_dict = {
-        entry: 1.0 if _terms(loss, ENTRIES[entry]) else weight
-        for entry, weight in model.weight_dict.items()
-    }
-    return model
-
-
-def restore_losses(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo :func:`use_losses`, in place."""
-    criterion = model.criterion
-    if isinstance(criterion, Terms):
-        criterion.__class__, model.weight_dict = criterion.before
-        del criterion.terms, criterion.before
-    return model
-
-
-class Terms(nn.Module):
+class Terms(Swapped):
     """What the criterion of an adapted model does otherwise."""
 
+    added = ("terms", "weights")
+
     terms: LossSum
-    before: tuple[Any, dict[str, float]]
-    """The class of the criterion, and the weights of the model."""
+    weights: dict[str, float]
+    """Those of the entries, as the model had them."""
     pixel_loss: str
     """What the criterion calls its function of the masks' pixels."""
     empty_weight: Tensor
@@ -128,8 +76,10 @@ class Terms(nn.Module):
             class_labels: of each image ``(G,)``.
             indices: of each image which queries have an object, and which one.
         """
+        library: Any = super()
+        own = partial(library.loss_labels, class_queries_logits, class_labels, indices)
         if not _terms(self.terms, PixelLoss):
-            return self.before[0].loss_labels(self, class_queries_logits, class_labels, indices)
+            return own()
         labels = torch.full_like(class_queries_logits[..., 0], self.num_labels, dtype=torch.int64)
         labels[self._get_predictions_permutation_indices(indices)] = torch.cat(
             [found[chosen] for found, (_, chosen) in zip(class_labels, indices, strict=True)]
@@ -140,17 +90,14 @@ class Terms(nn.Module):
             for name, term in _terms(self.terms, PixelLoss)
         }
 
-        def stock() -> Tensor:
-            found = self.before[0].loss_labels(self, class_queries_logits, class_labels, indices)
-            return found["loss_cross_entropy"]
-
         has_objects = any(len(found) for found in class_labels)
-        value = self._total("loss_cross_entropy", values, stock if has_objects else None)
-        return {"loss_cross_entropy": value}
+        entry = "loss_cross_entropy"
+        return {entry: self._total(entry, values, (lambda: own()[entry]) if has_objects else None)}
 
     def loss_masks(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The losses of the matched masks, at the points that the criterion takes."""
-        stock = self.before[0].loss_masks
+        library: Any = super()
+        stock = library.loss_masks
         names: dict[str, Any] = {}
         if _terms(self.terms, SigmoidLoss):
             names[self.pixel_loss] = partial(
@@ -197,7 +144,7 @@ class Terms(nn.Module):
         for name, value in detached(values).items():
             self.terms.values[name] = self.terms.values.get(name, 0) + value
         if stock is not None:
-            weight = self.before[1][entry]
+            weight = self.weights[entry]
             compare(self.terms, entry, values, lambda: stock() * weight)
         return total(values)
 
@@ -205,35 +152,85 @@ class Terms(nn.Module):
 class MaskFormerTerms(Terms, MaskFormerLoss):
     """MaskFormer's criterion with other losses."""
 
+    own = MaskFormerLoss
     pixel_loss = "sigmoid_focal_loss"
 
 
 class Mask2FormerTerms(Terms, Mask2FormerLoss):
     """Mask2Former's criterion with other losses."""
 
+    own = Mask2FormerLoss
     pixel_loss = "sigmoid_cross_entropy_loss"
 
 
-CRITERIA = {MaskFormerLoss: MaskFormerTerms, Mask2FormerLoss: Mask2FormerTerms}
+CRITERIA: tuple[type[Terms], ...] = (MaskFormerTerms, Mask2FormerTerms)
+
+
+class MaskFormerAdapter(Adapter):
+    """Lets a MaskFormer or Mask2Former train with other losses: its criterion becomes
+    :class:`MaskFormerTerms` or :class:`Mask2FormerTerms`.
+
+    Losses of classes that exclude each other (``ce``, ``softmax_focal``) replace that of the
+    classes of the queries, those of independent sigmoids (``bce``, ``focal``) the pixel loss of the
+    masks, region losses (``dice``, ``tversky``) the Dice loss of the masks, in all layers that have
+    losses. The weights of the string are the weights: those of ``model.config`` count only for the
+    entries without a term, which keep the model's own loss, with a warning. So
+    ``"2*ce + 5*bce + 5*dice(smooth=1)"`` is what Mask2Former does by default, and
+    ``"ce + 20*focal + dice(smooth=1)"`` what MaskFormer does.
+
+    The keys of the ``state_dict``, and so of a saved checkpoint, are unchanged. The values of the
+    terms are summed over the layers of a step. Weights of classes are one for each class and one
+    for "no object".
+    """
+
+    mechanism = "class"
+
+    def read(self, cls: type, spec: str) -> Losses:
+        loss, owner = build_loss(spec), cls.__name__
+        families = tuple(ENTRIES.values())
+        for name, _, term in loss.items():
+            if not isinstance(term, families) or term.of_batch:
+                raise SpecError(
+                    f"{owner} has no use for {name!r}, it has for losses such as ce, "
+                    "softmax_focal, bce, focal, dice, tversky"
+                )
+            if fixed := [option for option in FIXED if option in term.given]:
+                raise SpecError(f"{name!r}: {owner} itself decides {fixed[0]!r}")
+        for entry, family in ENTRIES.items():
+            if not _terms(loss, family):
+                warn(f"{spec!r} has no loss for {entry!r}: it stays as it is")
+        return {"": loss}
+
+    def fitting(self, model: Any, spec: str, **options: Any) -> Losses:
+        losses = self.read(type(model), spec, **options)
+        for _, _, term in losses[""].items():
+            classes = model.config.num_labels + 1 if isinstance(term, PixelLoss) else 1
+            LossSum([(1.0, term)]).check_classes(classes)
+        return losses
+
+    def inject(self, model: Any, losses: Losses) -> None:
+        criterion, loss, weights = model.criterion, losses[""], model.weight_dict
+        (ours,) = (each for each in CRITERIA if each.own is type(criterion))
+        ours.swap(criterion, loss, weights)
+        # The model multiplies what the criterion returns by these.
+        model.weight_dict = {
+            entry: 1.0 if _terms(loss, ENTRIES[entry]) else weight
+            for entry, weight in weights.items()
+        }
+
+    def restore(self, model: Any) -> None:
+        criterion = model.criterion
+        if isinstance(criterion, Terms):
+            model.weight_dict = criterion.weights
+            criterion.swap_back(criterion)
+
+    def losses(self, model: Any) -> Losses:
+        criterion = model.criterion
+        return {"": criterion.terms} if isinstance(criterion, Terms) else {}
 
 
 def _terms(loss: LossSum, family: type[Loss]) -> list[tuple[str, Loss]]:
     return [(name, term) for name, _, term in loss.items() if isinstance(term, family)]
 
 
-def read(cls: type, spec: str) -> LossSum:
-    """The losses of a string, as far as it can be judged without a model."""
-    loss, owner = build_loss(spec), cls.__name__
-    families = tuple(ENTRIES.values())
-    for name, _, term in loss.items():
-        if not isinstance(term, families) or term.of_batch:
-            raise SpecError(
-                f"{owner} has no use for {name!r}, it has for losses such as ce, softmax_focal, "
-                "bce, focal, dice, tversky"
-            )
-        if fixed := [option for option in FIXED if option in term.given]:
-            raise SpecError(f"{name!r}: {owner} itself decides {fixed[0]!r}")
-    for entry, family in ENTRIES.items():
-        if not _terms(loss, family):
-            warn(f"{spec!r} has no loss for {entry!r}: it stays as it is")
-    return loss
+ADAPTER = MaskFormerAdapter()

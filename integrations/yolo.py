@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from detseg_losses._core.blocks import compute_dtype, rows_where
 from detseg_losses._core.module import Loss
 from detseg_losses._core.reduction import divide
+from detseg_losses.integrations import _adapter
 from detseg_losses.integrations.detection import (
     FIXED,
     Roles,
     compare,
     read_losses,
+    sigmoid_terms,
     terms_of,
     total,
 )
@@ -60,6 +62,9 @@ TRAINERS = {"detect": DetectionTrainer, "segment": SegmentationTrainer}
 OTHERS = ("RTDETR", "World", "YOLOE")
 """How the names of heads begin that have a task of these, and need other trainers."""
 
+DETECTION = "detection"
+"""The stage that a string need not name."""
+
 Losses = dict[str, LossSum]
 """The sums of the two parts of a string, ``"detection"`` and ``"mask"``; either may be missing."""
 
@@ -72,7 +77,7 @@ def trainer(spec: str) -> Callable[..., BaseTrainer]:
     again, for Ultralytics does not keep it.
 
     Args:
-        spec: a loss string, see :func:`use_losses`.
+        spec: a loss string, see :class:`YoloAdapter`.
 
     Raises:
         SpecError: on a string that cannot be read, or a term that has no role in any such model.
@@ -121,7 +126,7 @@ class LossTrainer(BaseTrainer):
 
     Attributes:
         spec: the loss string.
-        losses: from the start of training on, the sums that :func:`use_losses` speaks of.
+        losses: from the start of training on, the sums by stage, ``"detection"`` and ``"mask"``.
     """
 
     spec: ClassVar[str]
@@ -132,7 +137,7 @@ class LossTrainer(BaseTrainer):
         # Only now there are the weights of the classes and the criterion of a resumed run.
         super().resume_training(ckpt)
         model, _ = self._models()
-        use_losses(model, self.spec)
+        ADAPTER.attach(model, self.spec)
         self.losses = model.criterion.losses
         self._count_steps()
         if RANK in (-1, 0):
@@ -172,8 +177,9 @@ class _Trainer(LossTrainer):
         return super().get_model(cfg=cfg, weights=weights, verbose=verbose)
 
 
-def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
-    r"""Let a YOLO model train with other losses, in place, in a training loop of your own.
+class YoloAdapter(_adapter.Adapter):
+    """Lets a YOLO model train with other losses, in a training loop of your own: callables take
+    the places of ``bce``, ``bbox_loss`` and ``single_mask_loss`` in its criterion.
 
     ``YOLO(...).train`` makes a new model, and wants a :func:`trainer`.
 
@@ -187,70 +193,72 @@ def use_losses(model: DetectionModel, spec: str) -> DetectionModel:
     The values are normalised as Ultralytics does: those of anchors are weighted by their target
     scores and divided by the sum of these, those of masks are averaged over the positive anchors,
     where a loss of pixels is divided by the area of the box. Its gains ``box``, ``cls`` and ``dfl``
-    then apply. In the first batch with objects the values are compared with the stock losses, and
-    where they are of another scale a warning names the terms that want another weight.
+    then apply; what is recorded is before the gains and before weights of classes (``cls_pw``), in
+    an end-to-end head of the one-to-one branch. In the first batch with objects the values are
+    compared with the stock losses, and where they are of another scale a warning names the terms
+    that want another weight.
 
-    Args:
-        model: a detection or segmentation model, on its device, with Ultralytics' options as its
-            ``args``; where one of these changes, apply this again.
-        spec: a loss string, for example ``"giou+focal"`` or ``"ciou+bce; mask: bce+dice"``.
-
-    Returns:
-        The model. ``model.criterion.losses`` holds the sums by stage, ``"detection"`` and
-        ``"mask"``, whose ``values`` are those of the terms, before the gains and before weights of
-        classes (``cls_pw``); in an end-to-end head those of the one-to-one branch.
-
-    Raises:
-        SpecError: on a string that cannot be read, or a term that has no role in this model.
-        TypeError: on a model whose criterion is another one.
-        ValueError: on a model without options.
+    The model is one of detection or segmentation, on its device, with Ultralytics' options as its
+    ``args``; where one of these changes, apply ``use_losses`` again.
     """
-    losses = _read(spec)
-    if isinstance(getattr(model, "args", {}), dict):
-        raise ValueError(
-            "the model has no options yet: model.args = ultralytics.cfg.get_cfg() for a loop of "
-            "your own; YOLO(...).train makes a new model, and takes trainer=yolo.trainer(spec)"
-        )
-    criterion: Any = getattr(model, "criterion", None)
-    made = criterion is None or getattr(criterion, "made", False)
-    if made:
-        criterion = _new_criterion(model, criterion)
-    for branch in _branches(criterion):
-        _check_fit(losses, model, branch)
-    for loss in losses.values():
-        loss.adapt(model)
-    restore_losses(model)
-    model.criterion = criterion
-    criterion.made = made
-    for index, branch in enumerate(_branches(criterion)):
-        compare = index == 0 and RANK in (-1, 0)
-        branch.bce = ClassTerms(branch.bce, losses, compare)
-        branch.bbox_loss = BoxTerms(branch.bbox_loss, losses, compare)
-        if "mask" in losses:
-            branch.single_mask_loss = MaskTerms(branch.single_mask_loss, losses, compare)
-    criterion.losses = losses
-    return model
+
+    mechanism = "callable"
+
+    def attach(self, model: Any, spec: str, **options: Any) -> None:
+        old = getattr(model, "criterion", None)
+        super().attach(model, spec, **options)
+        if isinstance(old, E2ELoss):  # a criterion that was made anew goes on in its schedule
+            new = model.criterion
+            new.updates, new.o2m, new.o2o = old.updates, old.o2m, old.o2o
+
+    def read(self, cls: type, spec: str) -> _adapter.Losses:
+        return {"" if stage == DETECTION else stage: loss for stage, loss in _read(spec).items()}
+
+    def fitting(self, model: Any, spec: str, **options: Any) -> _adapter.Losses:
+        losses = self.read(type(model), spec, **options)
+        if isinstance(getattr(model, "args", {}), dict):
+            raise ValueError(
+                "the model has no options yet: model.args = ultralytics.cfg.get_cfg() for a loop "
+                "of your own; YOLO(...).train makes a new model, and takes "
+                "trainer=yolo.trainer(spec)"
+            )
+        for branch in _branches(getattr(model, "criterion", None) or model.init_criterion()):
+            _check_fit(_by_stage(losses), model, branch)
+        return losses
+
+    def inject(self, model: Any, losses: _adapter.Losses) -> None:
+        made = getattr(model, "criterion", None) is None
+        if made:
+            model.criterion = model.init_criterion()
+        model.criterion.made = made
+        model.criterion.losses = by_stage = _by_stage(losses)
+        for index, branch in enumerate(_branches(model.criterion)):
+            compare = index == 0 and RANK in (-1, 0)
+            branch.bce = ClassTerms(branch.bce, by_stage, compare)
+            branch.bbox_loss = BoxTerms(branch.bbox_loss, by_stage, compare)
+            if "mask" in losses:
+                branch.single_mask_loss = MaskTerms(branch.single_mask_loss, by_stage, compare)
+
+    def restore(self, model: Any) -> None:
+        criterion: Any = getattr(model, "criterion", None)
+        if hasattr(criterion, "losses"):
+            for branch in _branches(criterion):
+                branch.bce, branch.bbox_loss = branch.bce.stock, branch.bbox_loss.stock
+                branch.__dict__.pop("single_mask_loss", None)
+            if criterion.made:
+                model.criterion = None
+            del criterion.losses, criterion.made
+
+    def losses(self, model: Any) -> _adapter.Losses:
+        by_stage: Losses = getattr(getattr(model, "criterion", None), "losses", {})
+        return {"" if stage == DETECTION else stage: loss for stage, loss in by_stage.items()}
 
 
-def restore_losses(model: DetectionModel) -> DetectionModel:
-    """Undo :func:`use_losses`, in place."""
-    criterion: Any = getattr(model, "criterion", None)
-    if hasattr(criterion, "losses"):
-        for branch in _branches(criterion):
-            branch.bce, branch.bbox_loss = branch.bce.stock, branch.bbox_loss.stock
-            branch.__dict__.pop("single_mask_loss", None)
-        if criterion.made:
-            model.criterion = None
-        del criterion.losses, criterion.made
-    return model
+ADAPTER = YoloAdapter()
 
 
-def _new_criterion(model: DetectionModel, old: Any) -> Any:
-    """A criterion of the model as it is now, which goes on in the schedule of an old one."""
-    criterion = model.init_criterion()
-    if isinstance(old, E2ELoss):
-        criterion.updates, criterion.o2m, criterion.o2o = old.updates, old.o2m, old.o2o
-    return criterion
+def _by_stage(losses: _adapter.Losses) -> Losses:
+    return {stage or DETECTION: loss for stage, loss in losses.items()}
 
 
 def _branches(criterion: Any) -> list[Any]:
@@ -258,11 +266,6 @@ def _branches(criterion: Any) -> list[Any]:
     if isinstance(criterion, E2ELoss):
         return [criterion.one2many, criterion.one2one]
     return [criterion]
-
-
-def read(cls: type, spec: str) -> Losses:
-    """The losses of a string, as far as it can be judged without a model."""
-    return _read(spec)
 
 
 def _read(spec: str) -> Losses:
@@ -285,7 +288,7 @@ def _read(spec: str) -> Losses:
 
 
 def _read_masks(spec: str) -> LossSum:
-    loss = build_loss(spec, "segmentation")
+    loss = sigmoid_terms(build_loss(spec, "segmentation"), "YOLO's masks")
     for name, _, term in loss.items():
         fixed = [option for option in FIXED if option in term.given]
         if fixed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import OrderedDict
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +27,13 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.segmentation import FCN
 
 from detseg_losses import SpecError, build_loss
-from detseg_losses.integrations import ModelLosses, check_losses, restore_losses, use_losses
+from detseg_losses.integrations import (
+    ADAPTERS,
+    check_losses,
+    model_losses,
+    restore_losses,
+    use_losses,
+)
 
 CLASSES = 4  # the background is one
 POINTS = 17
@@ -124,8 +132,13 @@ def test_a_string_is_judged_by_the_class_alone(cls: Any, spec: str, options: Any
 @pytest.mark.parametrize(
     ("cls", "spec", "options", "message"),
     [
-        (RetinaNet, "giou+ce", {}, "RetinaNet has no use for 'ce'; .*: write 'bce'"),
-        (RetinaNet, "giou+softmax_focal", {}, "independent sigmoids: write 'focal'"),
+        (RetinaNet, "giou+poly", {}, "RetinaNet has no use for 'poly', it has for .* bce, focal"),
+        (
+            RetinaNet,
+            "ce(label_smoothing=1.0)",
+            {},
+            "'bce', for which 'label_smoothing' has no meaning",
+        ),
         (RetinaNet, "rpn: giou", {}, "';' and ':' are for models that have stages"),
         (FCOS, "giou+focal", {"centerness": "giou"}, "the centerness of FCOS has no use"),
         (SSD, "giou+dfl", {}, "no use for 'dfl', it has for losses such as ce, softmax_focal, g"),
@@ -278,7 +291,7 @@ def said(call: Any) -> list[str]:
 )
 def test_another_scale_is_said_once(cls: Any, spec: str, messages: list[str]) -> None:
     model = use_losses(small(cls), spec)
-    ModelLosses(model)
+    model_losses(model)
     empty = [targets()[1]] * 2
     assert not said(lambda: losses_of(model, empty))
     found = said(lambda: losses_of(model, targets()))
@@ -327,10 +340,102 @@ def test_learned_weights_that_no_checkpoint_has_are_said(cls: Any) -> None:
     assert not said(lambda: losses_of(model.eval(), targets()))
     (found,) = said(lambda: losses_of(model.train(), targets()))
     assert "learned weights of giou are not in model.state_dict()" in found
-    assert "ModelLosses(model)" in found
+    assert "model_losses(model)" in found
     assert not said(lambda: losses_of(model, targets()))
     model = made()
-    ModelLosses(model)  # the tools' way: its state goes into their checkpoints
+    model_losses(model)  # the tools' way: its state goes into their checkpoints
     assert not said(lambda: losses_of(model, targets()))
     restored = restore_losses(made())
     assert not said(lambda: losses_of(restored, targets()))
+
+
+@pytest.mark.parametrize(
+    ("cls", "spec", "names"),
+    [
+        (RetinaNet, "giou+focal", ["giou", "focal"]),
+        (FCOS, "giou+focal", ["giou", "focal", "centerness.bce"]),
+        (SSD, "giou+ce", ["giou", "ce"]),
+        (MaskRCNN, "rpn: bce; mask: dice", ["rpn.bce", "mask.dice"]),
+    ],
+)
+def test_the_values_of_all_terms_are_in_one_place(cls: Any, spec: str, names: list[str]) -> None:
+    model = small(cls)
+    with pytest.raises(ValueError, match=f"this {cls.__name__} has no losses of use_losses"):
+        model_losses(model)
+    use_losses(model, spec)
+    losses = model_losses(nn.DataParallel(model))  # as any wrapper
+    returned = losses_of(model, targets())
+    assert set(losses.values) == set(names)
+    assert not any(value.requires_grad for value in losses.values.values())
+    entries = {"rpn": "loss_objectness", "mask": "loss_mask"}
+    stages = [entries[n.partition(".")[0]] for n in names] if cls is MaskRCNN else list(returned)
+    total = sum(value.detach() for entry, value in returned.items() if entry in stages)
+    torch.testing.assert_close(sum(losses.values.values()), total)
+
+
+def test_the_values_of_a_model_without_an_adapter() -> None:
+    with pytest.raises(TypeError, match="no adapter for Linear"):
+        model_losses(nn.Linear(1, 1))
+
+
+def test_a_detector_alone_computes_its_losses() -> None:
+    losses = model_losses(use_losses(small(SSD), "giou+ce"))
+    with pytest.raises(TypeError, match="SSDWithLosses computes its losses itself"):
+        losses([], targets())
+
+
+@pytest.mark.parametrize(
+    ("cls", "spec", "same", "taken"),
+    [
+        (RetinaNet, "giou+ce", "giou+bce", ["'ce' is taken as 'bce'"]),
+        (
+            FCOS,
+            "giou+2*softmax_focal(gamma=1.5)",
+            "giou+2*focal(gamma=1.5)",
+            ["'softmax_focal' is taken as 'focal'"],
+        ),
+        (
+            FasterRCNN,
+            "giou+ce",
+            "rpn: giou+bce; roi: giou+ce",
+            ["stage 'rpn' of FasterRCNN are independent sigmoids: 'ce' is taken as 'bce'"],
+        ),
+        (
+            FasterRCNN,
+            "giou+focal",
+            "rpn: giou+focal; roi: giou+softmax_focal",
+            ["stage 'roi' of FasterRCNN exclude each other: 'focal' is taken as 'softmax_focal'"],
+        ),
+        (
+            MaskRCNN,
+            "giou+ce; mask: ramp(0, 1, steps=9)*ce + dice(smooth=1)",
+            "rpn: giou+bce; roi: giou+ce; mask: ramp(0, 1, steps=9)*bce + dice(smooth=1)",
+            ["stage 'rpn' of MaskRCNN", "stage 'mask' of MaskRCNN"],
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("default:.*is taken as")
+def test_one_string_serves_every_stage(cls: Any, spec: str, same: str, taken: list[str]) -> None:
+    model = small(cls)
+    messages = [m for m in said(lambda: use_losses(model, spec)) if "is taken as" in m]
+    assert len(messages) == len(taken)
+    for message, part in zip(messages, taken, strict=True):
+        assert part in message
+    ours = losses_of(model, targets())
+    other = losses_of(use_losses(model, same), targets())
+    assert all(torch.equal(value, other[entry]) for entry, value in ours.items())
+
+
+def test_every_adapter_says_how_it_injects() -> None:
+    mechanisms = {}
+    for name in sorted({*ADAPTERS.values()}):
+        pytest.importorskip(
+            {"smp": "segmentation_models_pytorch", "yolo": "ultralytics"}.get(
+                name, name.partition("_")[0]
+            )
+        )
+        mechanisms[name] = import_module(f"detseg_losses.integrations.{name}").ADAPTER.mechanism
+    index = (Path(__file__).parent.parent / "docs" / "README.md").read_text()
+    for name, mechanism in mechanisms.items():
+        (row,) = (line for line in index.splitlines() if f"`{name}.py`" in line)
+        assert f"| {mechanism} |" in row

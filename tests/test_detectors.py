@@ -70,8 +70,7 @@ def run(tool: str, *arguments: str) -> None:
         ("ssdlite320_mobilenet_v3_large", "softmax_focal,giou"),
         (
             "fasterrcnn_mobilenet_v3_large_320_fpn",
-            "rpn.loss.focal,rpn.loss.giou,"
-            "roi_heads.losses.roi.softmax_focal,roi_heads.losses.roi.giou",
+            "rpn.focal,rpn.giou,roi.softmax_focal,roi.giou",
         ),
     ],
 )

@@ -213,7 +213,7 @@ def test_a_role_without_a_term_stays_and_says_so(spec, kept, images, targets):
     ("spec", "centerness", "message"),
     [
         ("giou+dice", "bce", "FCOS has no use for 'dice'"),
-        ("giou+ce", "bce", "FCOS has no use for 'ce'"),
+        ("giou+poly", "bce", "FCOS has no use for 'poly'"),
         ("giou+ghm", "bce", "'ghm' is a mean by nature"),
         ("giou+focal(reduction='mean')", "bce", "itself decides 'reduction'"),
         ("giou+focal(class_weights=[1, 2])", "bce", "2 class_weights, and the model 7 classes"),

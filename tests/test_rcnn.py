@@ -24,8 +24,8 @@ from torchvision.ops import roi_align
 import detseg_losses
 from detseg_losses import SpecError
 from detseg_losses.integrations import (
-    ModelLosses,
     detection,
+    model_losses,
     restore_losses,
     torchvision_rcnn,
     use_losses,
@@ -359,7 +359,7 @@ def test_a_role_without_a_term_stays_and_says_so():
         ("rpn: giou+bce; giou+ce", "column 16: expected a stage, as in 'roi: giou.ce'"),
         ("rpn: ", "is empty; write for example 'giou . focal'"),
         ("rpn: giou+focl", "column 6.*did you mean 'focal'"),
-        ("giou+ce", "stage 'rpn' of FasterRCNN has no use for 'ce'; .* write 'bce'"),
+        ("giou+poly", "stage 'rpn' of FasterRCNN has no use for 'poly'"),
         ("roi: giou+dice", "stage 'roi' of FasterRCNN.*'dice', it has for ce"),
         ("rpn: giou+bce(reduction='sum')", "itself decides 'reduction'"),
         ("rpn: giou+bce(class_weights=[1, 2])", "2 class_weights, and the model 1 classes"),
@@ -378,7 +378,7 @@ def test_an_unsuitable_loss_is_one_clear_line_and_changes_nothing(spec, message)
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mask: ce", "a softmax over classes has no meaning"),
+        ("mask: poly", "a softmax over classes has no meaning"),
         ("mask: giou", "stage 'mask' of MaskRCNN has no use for 'giou'"),
         ("mask: dice(mode='multiclass')", "'dice': stage 'mask' of MaskRCNN itself decides 'mode'"),
         ("mask: dice(reduction='sum')", "itself decides 'reduction'"),
@@ -482,27 +482,27 @@ def test_the_losses_of_all_stages_go_on_together(images, targets):
     model = use_losses(small_rcnn(MaskRCNN), spec)
     keys = list(restore_losses(copy.deepcopy(model)).state_dict())
     assert list(model.state_dict()) == keys
-    losses = ModelLosses(model)
+    losses = model_losses(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run(model, images, targets)
-    assert losses.values["roi_heads.losses.roi.giou"] == 0
+    assert losses.values["roi.giou"] == 0
     optimizer.step()
     losses.advance()
     values, _ = run(model, images, targets)
     torch.testing.assert_close(sum(values.values()), sum(losses.values.values()))
-    assert losses.factors["roi_heads.losses.roi.giou"] == 0.25
+    assert losses.factors["roi.giou"] == 0.25
     state = losses.state_dict()
     assert set(state) == {
-        "rpn.loss.log_variance_bce",
-        "roi_heads.losses.roi.step",
-        "roi_heads.losses.mask.log_variance_dice",
+        "rpn.log_variance_bce",
+        "roi.step",
+        "mask.log_variance_dice",
     }
     assert all(value != 0 for value in state.values())
-    fresh = ModelLosses(use_losses(small_rcnn(MaskRCNN), spec))
+    fresh = model_losses(use_losses(small_rcnn(MaskRCNN), spec))
     fresh.load_state_dict(state)
     assert fresh.factors == losses.factors
-    with pytest.raises(RuntimeError, match=r"no loss has the state roi_heads\.losses\.mask"):
-        ModelLosses(use_losses(small_rcnn(), STOCK[FasterRCNN])).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"no loss has the state mask"):
+        model_losses(use_losses(small_rcnn(), STOCK[FasterRCNN])).load_state_dict(state)
 
 
 @pytest.mark.parametrize("cls", MODELS)

@@ -267,7 +267,7 @@ def test_a_role_without_a_term_stays_and_says_so(images, targets):
     ("spec", "message"),
     [
         ("giou+dice", "RetinaNet has no use for 'dice'"),
-        ("giou+ce", "RetinaNet has no use for 'ce'"),
+        ("giou+poly", "RetinaNet has no use for 'poly'"),
         ("giou+ghm", "'ghm' is a mean by nature"),
         ("giou+focal(reduction='mean')", "itself decides 'reduction'"),
         ("giou+focal(ignore_index=255)", "itself decides 'ignore_index'"),

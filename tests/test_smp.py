@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detseg_losses import SpecError, build_loss
-from detseg_losses.integrations import restore_losses, use_losses
+from detseg_losses.integrations import model_losses, restore_losses, use_losses
 from detseg_losses.integrations import smp as ours
 from processes import run_in_processes
 
@@ -702,6 +702,56 @@ def _gradients_of_rank(rank, images, masks):
     # With encoder_depth=3 SMP keeps the parameters of the deeper layers, and does not use them.
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     return gradients(model, wrapped(images[rank : rank + 1], masks[rank : rank + 1]))
+
+
+# --- the loss of logits ---
+
+
+class ExampleModel(nn.Module):
+    """As SMP's examples train one, with the losses of the model in place of SMP's."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.model = small_unet(1)
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.4))
+        self.loss_fn = model_losses(use_losses(self.model, spec))
+
+    def forward(self, image):
+        return self.model((image - self.mean) / 0.2)
+
+    def shared_step(self, batch):
+        """The steps of training, validation and test."""
+        image, mask = batch
+        mask = mask.long()
+        logits_mask = self.forward(image)
+        assert logits_mask.shape[1] == 1
+        loss = self.loss_fn(logits_mask.contiguous(), mask)
+        pred_mask = (logits_mask.sigmoid() > 0.5).long().reshape(mask.shape)
+        tp, fp, fn, tn = smp.metrics.get_stats(pred_mask, mask, mode="binary")
+        return {"loss": loss, "tp": tp, "fp": fp, "fn": fn, "tn": tn}
+
+
+@pytest.mark.parametrize("channel", [False, True])
+def test_the_shared_step_of_smps_examples(channel, images, masks):
+    """Masks of their scripts are ``(B, H, W)``, those of their notebooks ``(B, 1, H, W)``."""
+    example = ExampleModel("dice")
+    keys = list(small_unet(1).state_dict())
+    assert [k.removeprefix("model.") for k in example.state_dict() if k != "mean"] == keys
+    mask = (masks > 0).float()
+    batch = images, mask.unsqueeze(1) if channel else mask
+    stock = smp.losses.DiceLoss(smp.losses.BINARY_MODE, from_logits=True)
+    results = []
+    for training in (True, False):
+        result = example.train(training).shared_step(batch)
+        torch.testing.assert_close(result["loss"], stock(example(images), mask))
+        assert example.loss_fn.values == {"dice": result["loss"].detach()}
+        results.append(result)
+    results[0]["loss"].backward()
+    assert all(p.grad is not None for p in example.model.segmentation_head.parameters())
+    assert len({*map(int, (results[1][k].sum() for k in ("tp", "fn")))}) == 2
+    copied = copy.deepcopy(example)
+    assert copied.loss_fn.model is copied.model
+    assert torch.equal(copied.shared_step(batch)["loss"], results[1]["loss"])
 
 
 # --- models with a classification head ---

@@ -14,7 +14,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from detseg_losses import SpecError, build_loss
-from detseg_losses.integrations import restore_losses, use_losses
+from detseg_losses.integrations import model_losses, restore_losses, use_losses
 from processes import run_in_processes
 
 CLASSES = 4
@@ -92,7 +92,19 @@ def test_cross_entropy_is_the_reference_script(name, aux, images, masks):
     losses = model(images, masks)
     assert_same(losses, expected)
     assert_same(gradients(model, losses), wanted, rtol=1e-4, atol=1e-6)
-    assert_same(model.loss.values, {key: value.detach() for key, value in losses.items()})
+    values = {key: value.detach() for key, value in losses.items()}
+    assert_same(model_losses(model).values, values)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_of_what_the_model_returned(training, images, masks):
+    """As in validation: the model returns logits, and the criterion takes them."""
+    model = use_losses(small().train(training), "ce+dice", ignore_index=255, aux_weight=0.3)
+    losses = model_losses(model)
+    ours = losses(model(images), masks)
+    torch.testing.assert_close(ours, sum(model.train()(images, masks).values()))
+    torch.testing.assert_close(sum(losses.values.values()), ours.detach())
+    assert list(losses.values) == ["ce", "dice", "aux"]
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])

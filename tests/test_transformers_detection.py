@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import ops
 
 from detseg_losses import SpecError
-from detseg_losses.integrations import check_losses, restore_losses, use_losses
+from detseg_losses.integrations import check_losses, model_losses, restore_losses, use_losses
 from processes import run_in_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stays as it is")
@@ -255,7 +255,7 @@ def test_other_losses_are_the_ones_of_the_string(kind, images, labels):
         bce = functional.binary_cross_entropy_with_logits(output.logits, quality, reduction="none")
         gap = (output.logits.sigmoid() - quality).square()
         expected["quality_focal"] = 3 * (gap * bce).sum() / 3
-    values = model.detseg_losses.values
+    values = model_losses(model).values
     assert values.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(values[name], value.detach(), rtol=1e-4, atol=1e-6)
@@ -309,6 +309,15 @@ def test_sigmoid_losses_are_taken_as_their_softmax_counterparts(images, labels):
         use_losses(model, "focal(gamma=1) + l1 + giou")
     assert list(model.detseg_losses.names) == ["softmax_focal", "l1", "giou"]
     assert model(images, labels=labels).loss.isfinite()
+
+
+def test_softmax_losses_are_taken_as_their_sigmoid_counterparts(images, labels):
+    model = small_model("RTDetr")
+    with pytest.warns(UserWarning, match="'softmax_focal' is taken as 'focal'"):
+        use_losses(model, "softmax_focal(gamma=1) + 0.5*ce + l1 + giou")
+    ours, _ = run(model, images, labels)
+    same, _ = run(use_losses(model, "focal(gamma=1) + 0.5*bce + l1 + giou"), images, labels)
+    assert torch.equal(ours.loss, same.loss)
 
 
 def test_undo_is_exact(images, labels):
@@ -393,7 +402,7 @@ def test_a_checkpoint_knows_nothing_of_the_losses(images, labels, tmp_path):
         ("Detr", "giou + varifocal", "no use for 'varifocal'"),
         ("Detr", "giou + ce(class_weights=[1, 2, 3, 4])", "4 class_weights, and the model 5"),
         ("Detr", "giou + dfl", "DetrForObjectDetection has no use for 'dfl'"),
-        ("RTDetr", "giou + ce", "RTDetrForObjectDetection has no use for 'ce'"),
+        ("RTDetr", "giou + poly", "RTDetrForObjectDetection has no use for 'poly'"),
         ("RTDetr", "giou + ghm", "'ghm' is a mean by nature"),
         ("RTDetr", "giou + focal(alpha=[1, 1])", "2 alpha, and the model 4 classes"),
         ("RTDetr", "giou + focal(reduction='mean')", "itself decides 'reduction'"),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detseg_losses import SpecError, build_loss
-from detseg_losses.integrations import restore_losses, use_losses
+from detseg_losses.integrations import model_losses, restore_losses, use_losses
 from processes import run_in_processes
 
 transformers = pytest.importorskip("transformers")
@@ -145,8 +145,22 @@ def test_cross_entropy_is_the_models_own_loss(name, images, labels):
     assert torch.equal(ours.logits, stock.logits)
     scale = max(gradient.abs().max().item() for gradient in expected.values())
     assert_same(gradients(model, ours.loss), expected, rtol=1e-4, atol=1e-5 * scale)
-    assert list(model.loss.values) == (["ce", "aux"] if name in AUXILIARY else ["ce"])
-    torch.testing.assert_close(sum(model.loss.values.values()), ours.loss.detach())
+    values = model_losses(model).values
+    assert list(values) == (["ce", "aux"] if name in AUXILIARY else ["ce"])
+    torch.testing.assert_close(sum(values.values()), ours.loss.detach())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_of_what_the_model_returned(training, images, labels):
+    model = use_losses(small("Segformer").train(training), "ce+dice")
+    losses = model_losses(model)
+    torch.manual_seed(0)  # for the dropout
+    expected = model(pixel_values=images, labels=labels).loss
+    for return_dict in (True, False):
+        torch.manual_seed(0)
+        output = model(pixel_values=images, return_dict=return_dict)
+        assert torch.equal(losses(output, labels), expected)
+    torch.testing.assert_close(sum(losses.values.values()), expected.detach())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -36,7 +36,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 import coco_to_yolo
 import detseg_losses
 from detseg_losses import SpecError
-from detseg_losses.integrations import restore_losses, use_losses, yolo
+from detseg_losses.integrations import model_losses, restore_losses, use_losses, yolo
 from detseg_losses.integrations.coco import CocoDetection
 from detseg_losses.integrations.samples import report_faults
 from processes import run_in_processes
@@ -140,6 +140,14 @@ def listened(module, batch, model):
     return heard, losses
 
 
+def test_losses_of_a_softmax_are_taken_as_those_of_sigmoids(batch):
+    model = small_model("yolo11n-seg.yaml")
+    expected = run(use_losses(model, "giou+2*focal; mask: bce+dice"), batch)
+    with pytest.warns(UserWarning, match="of YOLO's masks are independent .*: 'ce' is taken as"):
+        use_losses(model, "giou+2*softmax_focal; mask: ce+dice")
+    assert_equal(expected, run(model, batch))
+
+
 def test_the_changed_terms_are_the_ones_called(batch):
     model = use_losses(small_model(), "giou+2*focal(gamma=1.5)+dfl")
     ((logits, scores),), losses = listened(model.criterion.bce, batch, model)
@@ -147,7 +155,7 @@ def test_the_changed_terms_are_the_ones_called(batch):
     args = model.args
     expected = 2 * focal / max(scores.sum(), 1)
     torch.testing.assert_close(losses["cls_loss"], args.cls * expected.detach())
-    torch.testing.assert_close(model.criterion.losses["detection"].values["focal"], expected)
+    torch.testing.assert_close(model_losses(model).values["focal"], expected)
 
     (inputs,), losses = listened(model.criterion.bbox_loss, batch, model)
     _, boxes, _, true_boxes, scores, count, kept = inputs[:7]
@@ -174,7 +182,9 @@ def test_masks(batch):
             pixels += bce / (16 * 16 * share)
             regions += 1 - 2 * (x.sigmoid() * y).sum() / (x.sigmoid() + y).sum()
             count += 1
-    values = model.criterion.losses["mask"].values
+    found = model_losses(model).values
+    assert set(found) == {"giou", "focal", "mask.bce", "mask.dice"}
+    values = {name: found[f"mask.{name}"] for name in ("bce", "dice")}
     torch.testing.assert_close(values["bce"], 0.5 * (pixels / count).detach())
     torch.testing.assert_close(values["dice"], 3 * (regions / count).detach())
     torch.testing.assert_close(losses["seg_loss"], model.args.box * sum(values.values()))
@@ -324,7 +334,7 @@ def test_another_scale_is_told_once(batch, nothing, messages):
     [
         ("yolo11n.yaml", "giou+focl", "did you mean 'focal'"),
         ("yolo11n.yaml", "giou+dice", "write 'giou; mask: dice'"),
-        ("yolo11n.yaml", "giou+ce", "YOLO has no use for 'ce'; .* write 'bce'"),
+        ("yolo11n.yaml", "giou+poly", "YOLO has no use for 'poly', it has for losses such as bce"),
         ("yolo11n.yaml", "giou+ghm", "'ghm' is a mean by nature"),
         ("yolo11n.yaml", "giou+focal(reduction='sum')", "itself decides 'reduction'"),
         ("yolo11n.yaml", "giou+focal(class_weights=[1, 2])", "and the model 5 classes"),
@@ -333,7 +343,7 @@ def test_another_scale_is_told_once(batch, nothing, messages):
         ("yolo11n.yaml", "giou+focal+l1", "has no l1_loss, and so no use for 'l1'"),
         ("yolo26n.yaml", "giou+focal+dfl", "has no dfl_loss, and so no use for 'dfl'"),
         ("yolo11n-seg.yaml", "giou+focal; mask: giou", "'giou' is a loss of boxes"),
-        ("yolo11n-seg.yaml", "giou+focal; mask: ce", "no use for 'ce'.*bce"),
+        ("yolo11n-seg.yaml", "giou+focal; mask: poly", "no use for 'poly'.*bce"),
         ("yolo11n-seg.yaml", "giou+focal; mask: ghm", "'ghm' is a mean by nature"),
         ("yolo11n-seg.yaml", "giou+focal; masks: dice", "column 13.*did you mean 'mask'"),
         ("yolo11n-seg.yaml", "giou+focal; dice", "column 13.*as in 'mask: dice'"),

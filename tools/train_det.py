@@ -29,7 +29,7 @@ from common.signals import Signals
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from detseg_losses.integrations import ModelLosses, use_losses
+from detseg_losses.integrations import model_losses, use_losses
 
 
 @usage_errors()
@@ -59,7 +59,7 @@ def train_and_show(config: DetectionConfig, fabric: Fabric, output: Path, signal
         fabric.print(load_detector_weights(detector, config.model, train.classes))
     with usage_errors(ValueError):
         use_losses(detector, config.loss)
-    terms = ModelLosses(detector)
+    terms = model_losses(detector)
 
     def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         by_head = model(list(batch["image"] / 255), batch["target"])

@@ -6,7 +6,7 @@ Without further options it learns synthetic shapes, drawn on first use: no data 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from common.census import say_model, say_pixels
 from common.checkpoint import load_checkpoint, load_state
@@ -23,8 +23,7 @@ from common.signals import Signals
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from detseg_losses import LossSum
-from detseg_losses.integrations import use_losses
+from detseg_losses.integrations import model_losses, use_losses
 from detseg_losses.integrations.samples import VOID
 
 
@@ -62,11 +61,13 @@ def train_and_show(
             sync=fabric.world_size > 1,  # means and ratios over the batch of all processes
         )
 
+    terms = model_losses(segmenter)
+
     def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         output = model(normalize(batch["image"], config.data), batch["mask"])
         # Transformers' models return the sum, beside their logits; the others the terms.
         loss = output["loss"] if "loss" in output else sum(output.values())
-        return loss, cast(LossSum, segmenter.loss).values
+        return loss, terms.values
 
     def evaluate() -> dict[str, Any]:
         return evaluate_segmenter(fabric, segmenter, val, config.data, config.train.batch_size)

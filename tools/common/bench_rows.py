@@ -195,8 +195,7 @@ def retinanet(device: torch.device) -> Rows:
     """The whole loss of torchvision's RetinaNet, through the adapter and as it comes."""
     stock = RetinaNetHead(in_channels=8, num_anchors=1, num_classes=CLASSES).to(device)
     head = copy.deepcopy(stock)
-    head.__class__ = RetinaNetLossHead
-    head.loss, head.normalizer = build_loss("l1 + focal"), "image"
+    RetinaNetLossHead.swap(head, build_loss("l1 + focal"), "image")
     for images, anchors, positives, limits in (
         (1, 19_206, 30, {"peer": 1.0}),  # those of 320 x 320 pixels
         (2, ANCHORS, POSITIVES, {"peer": 0.1, "compiled": 0.8}),

@@ -28,7 +28,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from detseg_losses.integrations import ModelLosses
+from detseg_losses.integrations import ModelLosses, model_losses
 from detseg_losses.integrations.samples import Fault, shown
 
 Losses = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -89,7 +89,7 @@ class _Training:
         self.model, self.losses, self.evaluate = model, losses, evaluate
         self.images, self.config = images, config
         self.output, self.last, self.metric = output, output / "last.ckpt", metric
-        self.criterion = ModelLosses(model)
+        self.criterion = model_losses(model)
         self.make_order = partial(
             TrainingOrder,
             len(images),

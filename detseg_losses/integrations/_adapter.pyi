@@ -1,0 +1,1 @@
+from integrations._adapter import *
