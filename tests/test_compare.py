@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options of a comparison whose runs take little longer than their imports."""
-    root = make_shapes(tmp_path_factory.mktemp("data"), number=8, validation=4, size=32)
+    root = make_shapes(tmp_path_factory.mktemp("data"), number=8, validation=4, size=48)
     return [
         *("--data.format=coco", f"--data.root={root}", "--data.size=32", "--train.epochs=1"),
         "--train.batch_size=4",
@@ -42,20 +44,26 @@ def command(output: Path, *options: str) -> list[str]:
     return [sys.executable, compare.__file__, "--output", str(output), *options]
 
 
-def run(output: Path, *options: str, code: int = 0) -> str:
-    """Run the tool in a process of its own; return what it says."""
-    done = subprocess.run(
-        command(output, *options), capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def run(output: Path, *options: str, code: int | None = None) -> str:
+    """Run the tool in this process, which saves the imports; return what it says."""
+    ended: int | str | None = None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+        patch.setattr(sys, "argv", command(output, *options)[1:])
+        patch.setenv("OMP_NUM_THREADS", "1")
+        try:
+            compare.main()
+        except SystemExit as error:
+            ended = error.code
+    assert ended == code, said.getvalue()
+    return said.getvalue()
 
 
 def refused(capfd: pytest.CaptureFixture[str], *options: str) -> str:
     """What the tool says, in one line, when it does not accept its options."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["compare.py", *options])
-        compare.main()
+        with pytest.raises(SystemExit) as ended:
+            compare.main()
     assert ended.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     return line
@@ -139,15 +147,10 @@ def test_a_run_that_fails_stops_no_other(masks: Path, options: list[str], tmp_pa
     said = run(output, "--task=seg", *losses, "--seeds=1", *options, code=1)
     assert "run 2 of 3, 1e38*ce+1e38*dice with seed 0 failed: train_seg.py: error:" in said
     assert "run 3 of 3, ce+dice with seed 0: done" in said
-    content = result_with_gaps(output)
+    content = json.loads((output / "comparison.json").read_text())
     assert any("failed" in note for note in content["notes"])
     assert any("1 of 3 runs are missing" in note for note in content["notes"])
     assert any("cannot be compared" in sentence for sentence in content["sentences"])
-
-
-def result_with_gaps(output: Path) -> Json:
-    content: Json = json.loads((output / "comparison.json").read_text())
-    return content
 
 
 def test_detectors_are_judged_on_the_test_split(options: list[str], tmp_path: Path) -> None:

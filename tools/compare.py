@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from common.comparison import Cell, cells_of, compare, print_comparison, write_results
-from common.config import ROOT, CompareConfig, TrainingConfig, parse_comparison, write_comparison
+from common.config import CompareConfig, TrainingConfig, parse_comparison, write_comparison
 from common.data import has_split
 from common.detectors import check_losses
 from common.errors import Interrupted, UsageError, usage_errors, writing
@@ -94,12 +94,17 @@ class _Runs:
         """Run what is not done; return a sentence for each cell that failed."""
         waiting = [cell for cell in cells if self._command(cell) is not None]
         print(f"{len(cells)} runs, of which {len(cells) - len(waiting)} are done", flush=True)
+        told: set[Cell] = set()
         try:
             while waiting or self.running:
-                for cell in list(waiting):
-                    if self.free and not in_use(cell.folder):  # by a comparison that was killed
+                for cell in waiting if self.free else []:
+                    if not in_use(cell.folder):
                         waiting.remove(cell)
                         self._start(cell, self.free.pop(0))
+                        break
+                    if cell not in told:  # left by a comparison that was killed, or by another
+                        print(f"{cell.folder} is in use: waiting for that run", flush=True)
+                        told.add(cell)
                 time.sleep(0.1)
                 for place in [each for each in self.running if each[2].poll() is not None]:
                     self.running.remove(place)
@@ -149,7 +154,7 @@ class _Runs:
     def _command(self, cell: Cell) -> list[str] | None:
         """What is to be run next for a cell, None if it is done."""
         kind, split = self.compared.task, self.compared.test_split
-        tools = ROOT / "tools" if (ROOT / "tools").is_dir() else Path(__file__).parent
+        tools = Path(__file__).parent
         if not cell.is_trained:
             return [
                 *(sys.executable, str(tools / f"train_{kind}.py")),

@@ -283,7 +283,9 @@ def _remarks(
     images: int,
 ) -> list[str]:
     """How the numbers came about, and what is to be said against them."""
+    chosen = "epochs"
     if compared.lrs or compared.scales:
+        chosen = "epochs and settings"
         settings = len(compared.lrs or [1]) * len(compared.scales or [1])
         notes = [
             f"Each candidate was trained at {settings} settings with {compared.seeds} seeds, and "
@@ -293,9 +295,8 @@ def _remarks(
         notes = [f"One learning rate, {training.train.lr:g}, was used for all candidates."]
     if compared.test_split is None:
         notes.append(
-            f"The data has no other test split: epochs{' and settings' * (len(notes[0]) > 80)} "
-            f"were chosen on the split {training.data.val_split}, too, which flatters every "
-            "candidate a little."
+            f"The data has no other test split: {chosen} were chosen on the split "
+            f"{training.data.val_split}, too, which flatters every candidate a little."
         )
     if len(done) < len(cells):
         notes.append(f"{len(cells) - len(done)} of {len(cells)} runs are missing.")

@@ -627,8 +627,10 @@ def write_comparison(folder: Path, compared: CompareConfig, training: TrainingCo
                     "name another folder"
                 )
     keep = {name: v for name, v in asdict(compared).items() if name not in ("cell", "report_only")}
-    for file, content in (("comparison.yaml", {**keep, **shared}), ("training.yaml", shared)):
-        (folder / file).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    for name, content in (("comparison.yaml", {**keep, **shared}), ("training.yaml", shared)):
+        unfinished = folder / f"{name}.{os.getpid()}"  # other jobs of an array read and write it
+        unfinished.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        os.replace(unfinished, folder / name)
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
