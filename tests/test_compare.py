@@ -210,6 +210,19 @@ def test_a_difference_that_seeds_make_is_not_told_apart(tmp_path: Path) -> None:
     assert ": not told apart; about " in found["sentences"][0]
 
 
+def test_one_of_many_comparisons_needs_more(tmp_path: Path) -> None:
+    """Which alone would have been told apart."""
+    noise = [[0.011, -0.012, 0.002], [-0.012, 0.013, 0.004], [0.014, 0.001, -0.016]]
+    values = {"ce": [0.5, 0.52, 0.48], "dice": [0.52, 0.535, 0.489]}
+    for name, extra in zip(("focal", "lovasz", "bce"), noise, strict=True):
+        values[name] = [a + b for a, b in zip(values["ce"], extra, strict=True)]
+    found, _ = made_up(tmp_path, values)
+    (sentence,) = [each for each in found["sentences"] if each.startswith("dice")]
+    row = found["candidates"][1]["metrics"]["mIoU"]
+    assert row["p"] < 0.05 < row["holm_p"]
+    assert "not enough for one of 4 comparisons: not told apart" in sentence
+
+
 def test_no_difference_that_matters(tmp_path: Path) -> None:
     values = {"ce": [0.5, 0.52, 0.48, 0.5], "dice": [0.5, 0.52, 0.481, 0.5]}
     found, _ = made_up(tmp_path, values, threshold=3.0)

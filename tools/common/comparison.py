@@ -324,7 +324,8 @@ def _sentence(candidate: dict[str, Any], result: dict[str, Any], comparisons: in
         )
     interval: Interval = _signed(row["interval"], difference)
     claim += f" (95 % interval {interval.low:.1f} to {interval.high:.1f} over {seeds} seeds)"
-    if row["holm_p"] < 1 - LEVEL and 0 not in interval:
+    images_tell = over_images is None or 0 not in over_images
+    if row["holm_p"] < 1 - LEVEL and images_tell:
         if abs(difference) < threshold:
             return f"{claim}: told apart, though by less than the {threshold:g} that would matter."
         sure = interval.low > threshold
@@ -334,8 +335,10 @@ def _sentence(candidate: dict[str, Any], result: dict[str, Any], comparisons: in
     needed = seeds_to_tell(difference, row["difference_spread"], max(1, comparisons))
     number = "more than 1000" if needed is None else f"about {max(needed, seeds + 1)}"
     more = f"{number} seeds would tell {size}"
-    if over_images is not None and 0 in over_images:
+    if not images_tell:
         more += f", on more than these {result['images']} images"
+    if 0 not in over_seeds and images_tell:
+        claim += f", which is not enough for one of {comparisons} comparisons"
     return f"{claim}: not told apart; {more}."
 
 
