@@ -13,7 +13,7 @@ demo: .venv/ready
 # Two losses with two seeds: too little to tell them apart, which is what it says.
 compare-demo: .venv/ready
 	$(BIN)/python tools/compare.py --losses l1+focal giou+focal --seeds 2 --output runs/compare-demo \
-	--config configs/det/shapes.yaml --data.subset 160 --train.epochs 8 --train.eval_every 8
+	--config configs/det/shapes.yaml --data.subset 120 --train.epochs 8 --train.eval_every 8
 
 # One thread a process, for two threads each of two processes would stand in each other's way.
 test: .venv/ready
