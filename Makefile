@@ -5,10 +5,15 @@ BIN := .venv/bin
 # The release that the tests ran with last; pyproject.toml says which others are allowed.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-peers lint docs wheel clean
+.PHONY: demo compare-demo test test-peers lint docs wheel clean
 
 demo: .venv/ready
 	$(BIN)/python tools/train_det.py --loss giou+focal
+
+# Two losses with two seeds: too little to tell them apart, which is what it says.
+compare-demo: .venv/ready
+	$(BIN)/python tools/compare.py --losses l1+focal giou+focal --seeds 2 --output runs/compare-demo \
+	--config configs/det/shapes.yaml --data.subset 120 --train.epochs 8 --train.eval_every 8
 
 # One thread a process, for two threads each of two processes would stand in each other's way.
 test: .venv/ready

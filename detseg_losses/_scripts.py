@@ -32,3 +32,8 @@ def train_seg() -> None:
 def eval_seg() -> None:
     """Run ``tools/eval_seg.py``."""
     _run("eval_seg")
+
+
+def compare() -> None:
+    """Run ``tools/compare.py``."""
+    _run("compare")

@@ -60,7 +60,9 @@ with needs("tools"):
 
 __all__ = [
     "CocoDetection",
+    "CocoMatches",
     "CocoSegmentation",
+    "coco_evaluation",
     "coco_metrics",
     "coco_splits",
     "find_coco",
@@ -706,6 +708,41 @@ def coco_metrics(
         DataError: the ground truth or the results are not such content (the entry is named), there
             are no images or no categories, or ``max_dets`` is below 10.
     """
+    return coco_evaluation(ground_truth, results, max_dets=max_dets)[0]
+
+
+@dataclass(frozen=True)
+class CocoMatches:
+    """What became of each prediction: enough to compute AP again for any choice of the images.
+
+    ``areas`` are all, small, medium and large, and ``thresholds`` the ten of the IoU.
+
+    Attributes:
+        images: names of the images, or their ids where they have none.
+        classes: names of the classes.
+        scores: ``(predictions,)``, of the most confident ones of each class in each image; by
+            class, by image, and downwards.
+        image: ``(predictions,)``, position in ``images``.
+        label: ``(predictions,)``, position in ``classes``.
+        true: ``(predictions, areas, thresholds)``, whether it is a true positive.
+        ignored: the same shape, whether it counts neither as true nor as false.
+        objects: ``(classes, images, areas)``, how many objects count.
+    """
+
+    images: list[str]
+    classes: list[str]
+    scores: NDArray[np.float64]
+    image: NDArray[np.int32]
+    label: NDArray[np.int32]
+    true: NDArray[np.bool_]
+    ignored: NDArray[np.bool_]
+    objects: NDArray[np.int32]
+
+
+def coco_evaluation(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], *, max_dets: int = 100
+) -> tuple[dict[str, Any], CocoMatches]:
+    """What :func:`coco_metrics` returns, and the matches that it was computed from."""
     if not isinstance(max_dets, int) or max_dets < 10:
         raise DataError(f"max_dets is {max_dets}; take an integer from 10 up")
     notes: list[str] = []
@@ -719,7 +756,7 @@ def coco_metrics(
         )
     images = sorted((image["id"] for image in content["images"]), key=id_order)
     names = category_names(content["categories"])
-    precision, recall = _accumulate(objects, found, images, list(names), max_dets)
+    precision, recall, kept = _accumulate(objects, found, images, list(names), max_dets)
     metrics: dict[str, Any] = {
         "AP": _mean(precision[..., 0, 2]),
         "AP50": _mean(precision[0, ..., 0, 2]),
@@ -738,7 +775,9 @@ def coco_metrics(
         },
     }
     metrics["notes"] = notes + list(_reasons(metrics))
-    return metrics
+    called = {each["id"]: str(each.get("file_name") or each["id"]) for each in content["images"]}
+    joined = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+    return metrics, CocoMatches([called[i] for i in images], list(names.values()), *joined)
 
 
 Group = list[dict[str, Any]]
@@ -758,7 +797,7 @@ def _accumulate(
     images: list[Id],
     categories: list[Id],
     max_dets: int,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[tuple[NDArray[Any], ...]]]:
     """Precision and recall as pycocotools accumulates them; -1 where there is no object.
 
     Its matching goes through every pair of class and image, and in each through every pair of
@@ -766,8 +805,8 @@ def _accumulate(
     one class after the other, which bounds the memory.
 
     Returns:
-        Precision ``(thresholds, recalls, classes, areas, detections)`` and recall ``(thresholds,
-        classes, areas, detections)``.
+        Precision ``(thresholds, recalls, classes, areas, detections)``, recall ``(thresholds,
+        classes, areas, detections)``, and of each class the arrays of :class:`CocoMatches`.
     """
     evaluation = COCOeval(iouType="bbox")
     params = evaluation._paramsEval = evaluation.params
@@ -775,8 +814,9 @@ def _accumulate(
     present: dict[Id, set[Id]] = defaultdict(set)
     for category, image in (*objects, *found):
         present[category].add(image)
-    precision, recall = [], []
-    for category in categories:
+    position = {image: number for number, image in enumerate(images)}
+    precision, recall, kept = [], [], []
+    for label, category in enumerate(categories):
         params.catIds = [category]
         params.imgIds = [image for image in images if image in present[category]]
         compared = [
@@ -785,13 +825,41 @@ def _accumulate(
         ]
         # in the order area, image; a class that is nowhere still needs one entry
         evaluation.evalImgs = [each for area in zip(*compared, strict=True) for each in area]
+        places = [position[image] for image in params.imgIds]
+        kept.append(_keep(compared, places, label, len(images), params))
         if not compared:
             params.imgIds, evaluation.evalImgs = [None], [None] * len(params.areaRng)
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation.accumulate()
         precision.append(evaluation.eval["precision"])
         recall.append(evaluation.eval["recall"])
-    return np.concatenate(precision, axis=2), np.concatenate(recall, axis=1)
+    return np.concatenate(precision, axis=2), np.concatenate(recall, axis=1), kept
+
+
+def _keep(
+    compared: list[list[dict[str, Any]]], places: list[int], label: int, images: int, params: Any
+) -> tuple[NDArray[Any], ...]:
+    """The arrays of :class:`CocoMatches` for one class, of the images at ``places``."""
+    scores: list[float] = []
+    image: list[int] = []
+    true = [np.zeros((0, len(params.areaRng), len(params.iouThrs)), np.bool_)]
+    ignored = list(true)
+    objects = np.zeros((1, images, len(params.areaRng)), np.int32)
+    for place, areas in zip(places, compared, strict=True):
+        scores += areas[0]["dtScores"]
+        image += [place] * len(areas[0]["dtScores"])
+        matched = np.stack([each["dtMatches"] for each in areas]).transpose(2, 0, 1)
+        ignored.append(np.stack([each["dtIgnore"] for each in areas]).transpose(2, 0, 1))
+        true.append(matched & ~ignored[-1])
+        objects[0, place] = [np.count_nonzero(~each["gtIgnore"]) for each in areas]
+    return (
+        np.array(scores, np.float64),
+        np.array(image, np.int32),
+        np.full(len(scores), label, np.int32),
+        np.concatenate(true),
+        np.concatenate(ignored),
+        objects,
+    )
 
 
 def _compare(objects: Group, found: Group, params: Any) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def test_each_command_is_a_tool() -> None:
         (ROOT / "pyproject.toml").read_text(),
         re.MULTILINE,
     )
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     for command, function in scripts:
         assert command.replace("-", "_") == function
         assert callable(getattr(_scripts, function))

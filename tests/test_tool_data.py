@@ -280,9 +280,9 @@ def test_damaged_images_do_not_count_in_evaluation(damaged: Path, batch_size: in
     config = config_of(damaged)
     data = load_data(config, "detection", "val", 0, print)
     whole = data.select([1, 3])
-    metrics = evaluate_detector(fabric, Blind(), data, config, batch_size)
+    metrics, _ = evaluate_detector(fabric, Blind(), data, config, batch_size)
     notes = [note for note in metrics.pop("notes") if "skipped" in note]
-    expected = evaluate_detector(fabric, Blind(), whole, config, batch_size)
+    expected, _ = evaluate_detector(fabric, Blind(), whole, config, batch_size)
     assert expected.pop("notes")
     assert metrics == expected
     assert len(notes) == 1
@@ -290,9 +290,10 @@ def test_damaged_images_do_not_count_in_evaluation(damaged: Path, batch_size: in
     assert "000001.png, 000003.png" in notes[0]
 
     masks = load_data(config, "segmentation", "val", 0, print)
-    metrics = evaluate_segmenter(fabric, Blind(), masks, config, batch_size)
+    metrics, _ = evaluate_segmenter(fabric, Blind(), masks, config, batch_size)
     assert "2 images were skipped" in metrics.pop("notes")[0]
-    assert metrics == evaluate_segmenter(fabric, Blind(), masks.select([1, 3]), config, batch_size)
+    judged = masks.select([1, 3])
+    assert metrics == evaluate_segmenter(fabric, Blind(), judged, config, batch_size)[0]
     with pytest.raises(DataError, match="000001"):
         evaluate_segmenter(fabric, Blind(), masks, replace(config, faults="refuse"), batch_size)
 

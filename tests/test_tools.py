@@ -30,6 +30,7 @@ import train_seg
 from common.config import DataConfig, DetectorConfig, SegmenterConfig
 from common.detectors import build_detector, load_detector_weights
 from common.errors import UsageError
+from common.per_image import judge, read_per_image
 from common.segmenters import build_segmenter, load_segmenter_weights
 from common.shapes import make_shapes
 from detseg_losses.integrations.coco import CocoSegmentation, find_coco
@@ -41,6 +42,8 @@ LEFT_BEHIND = {
     "config.yaml",
     "metrics.json",
     "metrics.csv",
+    "per_image.npz",
+    "cost.json",
     "last.ckpt",
     "best.ckpt",
     "curves.png",
@@ -121,6 +124,8 @@ def test_training_a_segmenter_leaves_its_results(segmenter_run: Path) -> None:
     assert {f.name for f in segmenter_run.iterdir()} >= LEFT_BEHIND
     metrics = json.loads((segmenter_run / "metrics.json").read_text())
     assert {"mIoU", "per_class_iou", "mean_dice", "pixel_accuracy"} <= metrics.keys()
+    expect_per_image(segmenter_run, "mIoU")
+    assert json.loads((segmenter_run / "cost.json").read_text())["seconds_per_step"] > 0
     row = rows(segmenter_run)[0]
     assert float(row["ce"]) + float(row["dice"]) == pytest.approx(float(row["loss"]))
 
@@ -132,6 +137,16 @@ def test_evaluating_a_detector_gives_the_numbers_of_its_run(
     there = json.loads((detector_run / "metrics.json").read_text())
     here = json.loads((tmp_path / "metrics.json").read_text())
     assert here == {key: value for key, value in there.items() if key != "epoch"}
+    for folder in (detector_run, tmp_path):
+        expect_per_image(folder, "AP")
+
+
+def expect_per_image(folder: Path, metric: str) -> None:
+    """What is kept of the images gives the metric of the run."""
+    found = read_per_image(folder)
+    assert len(found.images) == 4
+    (value,) = judge(found, np.ones((1, 4), np.int64))[metric]
+    assert value == pytest.approx(json.loads((folder / "metrics.json").read_text())[metric])
 
 
 def test_saved_masks_have_the_miou_of_the_run(

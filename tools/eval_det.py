@@ -29,12 +29,13 @@ from common.evaluate import (
     make_folder,
     without_faulty,
 )
+from common.per_image import write_per_image
 from common.report import draw_detections, handful, print_metrics, print_table, write_metrics
 
 from lightning_fabric import Fabric
 
 from detseg_losses.integrations import use_losses
-from detseg_losses.integrations.coco import coco_metrics, load_annotations, load_results
+from detseg_losses.integrations.coco import coco_evaluation, load_annotations, load_results
 from detseg_losses.integrations.samples import Fault, report_faults
 from detseg_losses.integrations.voc import voc_metrics
 
@@ -56,7 +57,7 @@ def main() -> None:
         raise UsageError("give --checkpoint, or --predictions together with --annotations")
 
     make_folder(config.output)
-    metrics = coco_metrics(truth, results, max_dets=config.max_dets)
+    metrics, matches = coco_evaluation(truth, results, max_dets=config.max_dets)
     add_note(metrics, faults)
     print_metrics(metrics)
     if config.voc is not None:
@@ -66,6 +67,7 @@ def main() -> None:
     if config.output is not None:
         output = Path(config.output)
         with writing(output):
+            write_per_image(output, matches)
             write_metrics(output, metrics)
         print(f"results: {config.output}")
 

@@ -22,21 +22,22 @@ from common.evaluate import (
     add_note,
     check_classes,
     check_folder,
+    confusion_of,
+    judge_masks,
     make_folder,
     mask_files,
     segment,
     without_faulty,
 )
+from common.per_image import write_per_image
 from common.report import draw_masks, handful, print_metrics, write_metrics
 from common.segmenters import build_segmenter
 
-import torch
 from lightning_fabric import Fabric
 from PIL import Image
 
 from detseg_losses.integrations import use_losses
 from detseg_losses.integrations.samples import VOID, Fault, report_faults
-from detseg_losses.integrations.voc import ConfusionMatrix
 
 
 @usage_errors()
@@ -62,22 +63,23 @@ def main() -> None:
 
     make_folder(config.output)
     make_folder(config.save_masks)
-    confusion = ConfusionMatrix(len(data.classes))
+    found = []
     faults: list[Fault] = []
     batches = config.data, config.batch_size
     for index, mask, truth in segment(fabric, segmenter, data, *batches, faults):
-        confusion.update(mask, torch.from_numpy(truth))
+        found.append((data.names[index], confusion_of(mask, truth, len(data.classes))))
         if config.save_masks is not None:
             _save(Image.fromarray(mask.numpy()), files[index])
     judged = without_faulty(data, faults)
     if faults:
         print(report_faults(faults))
-    metrics = confusion.metrics(data.classes)
+    metrics, counts = judge_masks(found, data.classes)
     add_note(metrics, faults)
     print_metrics(metrics)
     if config.output is not None:
         output = Path(config.output)
         with writing(output):
+            write_per_image(output, counts)
             write_metrics(output, metrics)
             shown = handful(judged)
             masks = segment(fabric, segmenter, shown, *batches, [])

@@ -23,6 +23,7 @@ from common.engine import fit
 from common.errors import usage_errors, writing
 from common.evaluate import check_classes, detect, drawable, evaluate_detector
 from common.launch import start
+from common.per_image import PerImage
 from common.report import draw_detections, handful, plot_curves, print_metrics, write_metrics
 from common.signals import Signals
 
@@ -65,7 +66,7 @@ def train_and_show(config: DetectionConfig, fabric: Fabric, output: Path, signal
         by_head = model(list(batch["image"] / 255), batch["target"])
         return sum(by_head.values()), terms.values
 
-    def evaluate() -> dict[str, Any]:
+    def evaluate() -> tuple[dict[str, Any], PerImage | None]:
         return evaluate_detector(fabric, detector, val, config.data, config.train.batch_size)
 
     images = TrainingImages(train, config.data, config.seed)

@@ -16,6 +16,7 @@ from common.engine import fit
 from common.errors import usage_errors, writing
 from common.evaluate import check_classes, drawable, evaluate_segmenter, normalize, segment
 from common.launch import start
+from common.per_image import PerImage
 from common.report import draw_masks, handful, plot_curves, print_metrics, write_metrics
 from common.segmenters import build_segmenter, load_segmenter_weights
 from common.signals import Signals
@@ -69,7 +70,7 @@ def train_and_show(
         loss = output["loss"] if "loss" in output else sum(output.values())
         return loss, terms.values
 
-    def evaluate() -> dict[str, Any]:
+    def evaluate() -> tuple[dict[str, Any], PerImage]:
         return evaluate_segmenter(fabric, segmenter, val, config.data, config.train.batch_size)
 
     images = TrainingImages(train, config.data, config.seed)

@@ -13,6 +13,7 @@ _NEEDED = (
     "numpy",
     "PIL",
     "pycocotools",
+    "scipy",
     "segmentation_models_pytorch",
     "tensorboard",
     "torchvision",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
 import os
@@ -299,6 +300,38 @@ class EvalSegmentationConfig:
     output: str | None = None
 
 
+@dataclass
+class CompareConfig:
+    """Comparison.
+
+    Args:
+        task: det for detectors, seg for segmentation.
+        output: Folder of the comparison; the runs are in its folder cells.
+        losses: The candidates, two loss strings or more. The first is the one that the others are
+            compared with.
+        seeds: With how many seeds, from 0, each candidate is trained.
+        lrs: Learning rates of which each candidate takes the one that serves it best on the
+            validation split; by default train.lr for all.
+        scales: The same for factors of the first weight in each loss string.
+        threshold: The smallest difference that would matter to you, in points (hundredths).
+        test_split: The split for the final numbers; by default test, where the data has such a
+            split and it is not the validation split.
+        cell: Train this one run alone, counted from 0, and print no result: for job arrays.
+        report_only: Train nothing; make the result of the runs that there are.
+    """
+
+    task: Literal["det", "seg"] = "det"
+    output: str = ""
+    losses: list[str] = field(default_factory=list)
+    seeds: PositiveInt = 3
+    lrs: list[PositiveFloat] | None = None
+    scales: list[PositiveFloat] | None = None
+    threshold: NonNegativeFloat = 0.5
+    test_split: str | None = None
+    cell: NonNegativeInt | None = None
+    report_only: bool = False
+
+
 TrainingConfig = DetectionConfig | SegmentationConfig
 T = TypeVar("T")
 TrainingT = TypeVar("TrainingT", DetectionConfig, SegmentationConfig)
@@ -494,6 +527,131 @@ def parse_training(
     return config
 
 
+_EACH = {"loss", "seed", "output", "resume"}
+"""Options of a training run that a comparison sets for each of its runs."""
+
+
+def parse_comparison(
+    description: str | None, check_detection: Callable[[DetectionConfig], None]
+) -> tuple[CompareConfig, TrainingConfig]:
+    """Return what is compared, and the options that all runs share.
+
+    With ``--report-only`` they are those of the comparison in the output folder, unless given anew.
+
+    Raises:
+        UsageError: if options make no sense together, or a run would not accept a candidate.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--task", default="det")
+    early.add_argument("--output", default="")
+    early.add_argument("--report-only", action="store_true")
+    known = early.parse_known_args()[0]
+    stored: dict[str, Any] = {}
+    if known.report_only and known.output:
+        stored = read_comparison(Path(known.output))
+        if not stored:
+            raise UsageError(f"--report-only: {known.output} holds no comparison")
+        known.task = stored["task"]
+    config_class = SegmentationConfig if known.task == "seg" else DetectionConfig
+    parser = _ComparisonParser(config_class, description, check_detection)
+    parser.add_argument("--config", action=_ConfigFile)
+    lists: dict[str, type] = {"losses": str, "lrs": PositiveFloat, "scales": PositiveFloat}
+    parser.add_class_arguments(CompareConfig, skip={*lists, "report_only"})
+    for name, kind in lists.items():
+        parser.add_argument(f"--{name}", type=kind, nargs="+", help=_help(CompareConfig, name))
+    told = _help(CompareConfig, "report_only")
+    parser.add_argument("--report-only", action="store_true", help=told)
+    parser.add_class_arguments(config_class, skip={*_EACH})
+    if stored:
+        parser.set_defaults(stored)
+    return parser.checked(parser.parse_args())
+
+
+class _ComparisonParser(_Parser):
+    def checked(self, arguments: Namespace) -> tuple[CompareConfig, TrainingConfig]:
+        """The comparison that was given, if a run would accept each candidate."""
+        values = vars(self.instantiate(arguments))
+        del values["config"]
+        shared = {name: values.pop(name) for name in ("data", "model", "train")}
+        compared = _plain(CompareConfig(**values))
+        compared.losses = ["".join(loss.split()) for loss in compared.losses or []]
+        for name in ("lrs", "scales"):
+            numbers = getattr(compared, name)
+            setattr(compared, name, numbers and [float(number) for number in numbers])
+        _check_comparison(compared)
+        for loss in compared.losses:
+            config = _plain(self.config_class(loss=loss, **shared))
+            _check_training(config)
+            if isinstance(config, DetectionConfig) and self.check is not None:
+                try:
+                    self.check(config)
+                except ValueError as error:
+                    raise UsageError(error) from error
+        _check_devices(config.train.devices)
+        return compared, config
+
+
+def _help(config_class: type, option: str) -> str:
+    """What the docstring of a configuration says of an option."""
+    text = (config_class.__doc__ or "").partition(f" {option}: ")[2]
+    return " ".join(re.split(r"\n {8}\w+: |\n\n|\n {4}$", text)[0].split())
+
+
+def _check_comparison(compared: CompareConfig) -> None:
+    if not compared.output:
+        raise UsageError("--output is missing, the folder of the comparison")
+    if len(compared.losses) < 2:
+        raise UsageError("--losses takes two loss strings or more: --losses l1+focal giou+focal")
+    for name in ("losses", "lrs", "scales"):
+        values = getattr(compared, name) or []
+        if twice := [value for number, value in enumerate(values) if value in values[:number]]:
+            raise UsageError(f"--{name}: {twice[0]} is given twice")
+    if compared.cell is not None and compared.report_only:
+        raise UsageError("--cell trains and --report-only does not: give one of them")
+
+
+def write_comparison(folder: Path, compared: CompareConfig, training: TrainingConfig) -> None:
+    """Write what is compared into its folder: comparison.yaml, and training.yaml for the runs.
+
+    Raises:
+        UsageError: if the folder holds the runs of other options.
+    """
+    shared = {name: value for name, value in to_dict(training).items() if name not in _EACH}
+    lasting = {"task": compared.task, "test_split": compared.test_split, **shared}
+    if stored := read_comparison(folder):
+        there, now = _flat(stored), _flat(lasting)
+        for name, value in now.items():
+            if name != "data.workers" and there.get(name) != value:
+                raise UsageError(
+                    f"{folder} holds a comparison with {name}={there.get(name)}, not {value}; "
+                    "name another folder"
+                )
+    keep = {name: v for name, v in asdict(compared).items() if name not in ("cell", "report_only")}
+    for name, content in (("comparison.yaml", {**keep, **shared}), ("training.yaml", shared)):
+        unfinished = folder / f"{name}.{os.getpid()}"  # other jobs of an array read and write it
+        unfinished.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        os.replace(unfinished, folder / name)
+
+
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """The options of the comparison in a folder; empty if there is none."""
+    file = folder / "comparison.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+
+
+def _flat(options: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        place = f"{above}{name}"
+        flat |= _flat(value, f"{place}.") if isinstance(value, dict) else {place: value}
+    return flat
+
+
 def parse_evaluation(
     config_class: type[EvaluationT], description: str | None
 ) -> tuple[EvaluationT, dict[str, Any]]:
@@ -541,13 +699,17 @@ def _instantiate(parser: ArgumentParser, arguments: Namespace, config_class: typ
     values = vars(parser.instantiate(arguments))
     del values["config"]
     config = _plain(config_class(**values))
+    _check_training(config)
+    return config
+
+
+def _check_training(config: Any) -> None:
     if isinstance(getattr(config, "data", None), DataConfig):
         _check_data(config.data)
     if isinstance(config, DetectionConfig):
         _check_anchors(config.model.anchors)
     elif isinstance(config, SegmentationConfig):
         _check_segmentation_loss(config)
-    return config
 
 
 def _check_data(data: DataConfig) -> None:

@@ -157,6 +157,13 @@ def find_format(
     return "coco" if coco else "voc"
 
 
+def has_split(config: DataConfig, task: Task, name: str) -> bool:
+    """Whether the data has a split of this name."""
+    kind = find_format(config, task)
+    root = Path(config.root or "data").expanduser()
+    return name in (voc_splits(root, task) if kind == "voc" else coco_splits(root))
+
+
 def _without_thin(data: DataT, config: DataConfig) -> DataT:
     """The images that keep two pixels a side when they are fitted: less cannot be scaled further.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -16,6 +18,7 @@ from common.data import Batch, TrainingImages, TrainingOrder, collate
 from common.errors import Interrupted, ReportedError, UsageError, writing
 from common.launch import agreed
 from common.metrics_log import MetricsLog
+from common.per_image import PerImage, write_per_image
 from common.signals import Signals, outlive_signals
 
 import numpy as np
@@ -32,7 +35,7 @@ from detseg_losses.integrations import ModelLosses, model_losses
 from detseg_losses.integrations.samples import Fault, shown
 
 Losses = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
-Evaluate = Callable[[], dict[str, Any]]
+Evaluate = Callable[[], tuple[dict[str, Any], PerImage | None]]
 
 
 def fit(
@@ -46,7 +49,9 @@ def fit(
     losses: Losses,
     evaluate: Evaluate,
 ) -> None:
-    """Train ``model`` in place; leave last.ckpt, best.ckpt, metrics.csv and TensorBoard logs.
+    """Train ``model`` in place; leave its checkpoints and logs.
+
+    They are last.ckpt, best.ckpt with per_image.npz, metrics.csv, cost.json, and TensorBoard's.
 
     Args:
         fabric: launched.
@@ -58,7 +63,8 @@ def fit(
         output: folder of the run.
         metric: the key of the metrics whose greatest value decides which epoch is the best.
         losses: from the model and a batch to the loss and the value of each of its terms.
-        evaluate: the metrics of the model as it is; called by every process.
+        evaluate: the metrics of the model as it is, and what it did in each image, which the first
+            process needs; called by every process.
 
     Raises:
         UsageError: if the batches cannot be divided as configured, the run to resume had other
@@ -107,6 +113,7 @@ class _Training:
         self.unseen: list[tuple[int, dict[str, Tensor]]] = []  # losses not yet looked at
         self.new_faults: list[Fault] = []
         self.faults: set[str] = set()
+        self.times: list[float] = []  # seconds of the steps of this process
         self.log: MetricsLog | None = None  # on the first process alone
 
         if fabric.world_size > 1 and fabric.device.type == "cuda":
@@ -143,6 +150,7 @@ class _Training:
             self._judge()
         batches = iter(self._loader())
         while self.step < self.total:
+            began = time.perf_counter()
             parts = self._next_parts(batches)
             lr = train.lr * _rate(train.schedule, self.step / self.total)
             values = self._take_step(parts, lr)
@@ -156,12 +164,27 @@ class _Training:
                 self._log_step(lr, values)
             if logged or self.fabric.device.type == "cpu":  # where looking waits for nothing
                 self._look()
+            self.times.append(time.perf_counter() - began)
             if epoch_ends or self.step % train.checkpoint_every == 0:
                 self._save_last()
             if self._evaluation_is_due():
                 self._judge()
+        self._on_first(self._write_cost)
         if self.faults:
             self._say(f"{len(self.faults)} faulty images were skipped in training")
+
+    def _write_cost(self) -> None:
+        """Write cost.json: the mean time of a step, with its data and without evaluations.
+
+        The first step is left out where there are others: it warms up. After ``--resume`` it is
+        the time of what was left.
+        """
+        if not self.times:
+            return
+        cost: dict[str, float] = {"seconds_per_step": float(np.mean(self.times[1:] or self.times))}
+        if self.fabric.device.type == "cuda":
+            cost["gpu_gigabytes"] = torch.cuda.max_memory_allocated(self.fabric.device) / 1e9
+        (self.output / "cost.json").write_text(json.dumps(cost) + "\n", encoding="utf-8")
 
     # Before the first step
 
@@ -328,14 +351,14 @@ class _Training:
         _equalize_buffers(self.fabric, self.model)
         # Several processes stop together, so that one alone finishes its part of the evaluation.
         with self.signals.at_once() if self.group is None else nullcontext():
-            found = self.evaluate()
+            found, images = self.evaluate()
         metrics = {"epoch": self.step // self.steps_per_epoch, **found}
         self._write_row(metrics)
         self._say(_in_words(metrics))
         self.judged = True
         if (value := metrics[self.metric] or 0.0) >= self.best:
             self.best = value
-            self._on_first(lambda: self._save("best.ckpt", metrics))
+            self._on_first(lambda: self._save_best(metrics, images))
         self._save_last()
 
     # Files
@@ -357,6 +380,11 @@ class _Training:
         self._look()
         self._on_first(lambda: self._save(self.last.name))
         self.saved = self.step
+
+    def _save_best(self, metrics: dict[str, Any], images: PerImage | None) -> None:
+        if images is not None:
+            write_per_image(self.output, images)
+        self._save("best.ckpt", metrics)
 
     def _save(self, name: str, metrics: dict[str, Any] | None = None) -> None:
         content = {

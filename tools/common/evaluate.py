@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from common.config import DataConfig
 from common.data import Batch, Data, EvaluationImages, collate, read_sample
 from common.errors import UsageError, writing
+from common.per_image import CocoMatches, PixelCounts, pixel_counts
 from common.signals import outlive_signals
 
+import numpy as np
 import torch
 import torch.distributed
 from lightning_fabric import Fabric
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from detseg_losses.integrations.coco import coco_metrics
+from detseg_losses.integrations.coco import coco_evaluation
 from detseg_losses.integrations.samples import (
     DataError,
     DataT,
@@ -147,8 +149,8 @@ def detect(
 
 def evaluate_detector(
     fabric: Fabric, detector: nn.Module, data: DetectionData, config: DataConfig, batch_size: int
-) -> dict[str, Any]:
-    """Return COCO's numbers, the same on every process.
+) -> tuple[dict[str, Any], CocoMatches | None]:
+    """Return COCO's numbers, the same on every process, and on the first what is behind them.
 
     Raises:
         DataError: if no image can be decoded.
@@ -159,9 +161,12 @@ def evaluate_detector(
     judged = without_faulty(data, faults)
     if faults:
         fabric.print(report_faults(faults))
-    metrics = coco_metrics(judged.ground_truth(), results) if fabric.is_global_zero else {}
+    metrics: dict[str, Any] = {}
+    matches = None
+    if fabric.is_global_zero:
+        metrics, matches = coco_evaluation(judged.ground_truth(), results)
     add_note(metrics, faults)
-    return fabric.broadcast(metrics)
+    return fabric.broadcast(metrics), matches
 
 
 @torch.no_grad()
@@ -210,26 +215,43 @@ def _logits(output: Any) -> Tensor:
 
 def evaluate_segmenter(
     fabric: Fabric, segmenter: nn.Module, data: Data, config: DataConfig, batch_size: int
-) -> dict[str, Any]:
-    """Return mIoU and its companions over all pixels of ``data``, the same on every process.
+) -> tuple[dict[str, Any], PixelCounts]:
+    """Return mIoU and its companions over all pixels, and what is behind them, on every process.
 
     Raises:
         DataError: if no image can be used.
     """
     faults: list[Fault] = []
-    confusion = ConfusionMatrix(len(data.classes))
     mine = _share(fabric, data)
-    for _, mask, truth in segment(fabric, segmenter, mine, config, batch_size, faults):
-        confusion.update(mask, torch.from_numpy(truth))
-    faults = _gather(fabric, faults)
+    found: list[tuple[str, NDArray[np.int64]]] = []
+    for index, mask, truth in segment(fabric, segmenter, mine, config, batch_size, faults):
+        found.append((mine.names[index], confusion_of(mask, truth, len(data.classes))))
+    found, faults = _gather(fabric, found), _gather(fabric, faults)
     without_faulty(data, faults)
     if faults:
         fabric.print(report_faults(faults))
-    matrix = confusion.matrix.to(fabric.device)
-    confusion.matrix = cast(Tensor, fabric.all_reduce(matrix, reduce_op="sum")).cpu()
-    metrics = confusion.metrics(data.classes)
+    metrics, counts = judge_masks(found, data.classes)
     add_note(metrics, faults)
-    return metrics
+    return metrics, counts
+
+
+def confusion_of(mask: Tensor, truth: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    """The confusion matrix of one image."""
+    confusion = ConfusionMatrix(classes)
+    confusion.update(mask, torch.from_numpy(truth))
+    return confusion.matrix.numpy()
+
+
+def judge_masks(
+    found: list[tuple[str, NDArray[np.int64]]], classes: list[str]
+) -> tuple[dict[str, Any], PixelCounts]:
+    """The metrics of the names and confusion matrices of all images, and what is behind them."""
+    found.sort(key=lambda each: each[0])  # whichever process had them
+    total = ConfusionMatrix(len(classes))
+    for _, matrix in found:
+        total.matrix += torch.from_numpy(matrix)
+    counts = pixel_counts([name for name, _ in found], classes, [matrix for _, matrix in found])
+    return total.metrics(classes), counts
 
 
 def check_folder(option: str, folder: str | None) -> None:

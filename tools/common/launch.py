@@ -211,6 +211,15 @@ def _locked(output: Path) -> Iterator[None]:
                 file.unlink(missing_ok=True)
 
 
+def in_use(output: Path) -> bool:
+    """Whether a run goes on in this folder."""
+    try:
+        with (output / ".lock").open("r+", encoding="utf-8") as stream:
+            return not _lock(stream)
+    except FileNotFoundError:
+        return False
+
+
 def _lock(stream: TextIO) -> bool:
     """Lock an open file, or say that another process has; on a file system without locks go on."""
     try:
