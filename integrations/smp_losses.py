@@ -60,7 +60,7 @@ from detseg_losses._core.reduction import divide, reduce
 from detseg_losses._engine.sigmoid import (
     Formula,
     Label,
-    Wants,
+    SigmoidWants,
     cross_entropy,
     missed,
     mix,
@@ -547,12 +547,12 @@ class WeightedFocal(FocalFactor):
 
 def _sums(batch: Batch, formula: Formula) -> Tensor:
     """The sums of a formula, ``(B, C)``."""
-    return sigmoid_statistics(batch, Wants(sums=(formula,)))[0]
+    return sigmoid_statistics(batch, SigmoidWants(sums=(formula,)))[0]
 
 
 def _map(batch: Batch, formula: Formula) -> Tensor:
     """The values of a formula, ``(B, C, P)``."""
-    return sigmoid_statistics(batch, Wants(maps=(formula,)))[0]
+    return sigmoid_statistics(batch, SigmoidWants(maps=(formula,)))[0]
 
 
 def _flatten(y_pred: Tensor, y_true: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:

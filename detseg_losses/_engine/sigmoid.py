@@ -71,8 +71,8 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def log_1p_exp(x: Tensor) -> Tensor:
-    """:func:`softplus` where no gradient is wanted: on the CPU its parts take two thirds of the
-    time.
+    """:func:`softplus` where no gradient is wanted. Composing it takes two thirds of the time on
+    the CPU.
     """
     if not in_blocks(x):
         return softplus(x)
@@ -122,7 +122,7 @@ def power(base: Tensor, exponent: float) -> Tensor:
 
 
 def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """``torch.lerp``; of small ends its parts take half its time on the CPU."""
+    """``torch.lerp``; with small ends, composing it takes half the time on the CPU."""
     if not in_blocks(weight) or start.numel() * FEW > weight.numel():
         return torch.lerp(start, end, weight)
     return torch.rsub(weight, 1).mul_(start).add_(weight * end)
@@ -212,7 +212,9 @@ class Symmetric(Formula):
         return kept.mul_(factor)
 
     def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its slope in x where the target is not known to be 0 or 1."""
+        """The loss and its slope in x where the target is not known to be 0 or 1. A formula by hand
+        may lose digits that only positives of high probability have.
+        """
         return super().both(x, y)
 
     def quick(self, x: Tensor, y: Label) -> Tensor:
@@ -227,7 +229,7 @@ class Symmetric(Formula):
         return value * weight, self.backward(kept, factor)
 
 
-class Wants(NamedTuple):
+class SigmoidWants(NamedTuple):
     """What to compute.
 
     Attributes:
@@ -255,7 +257,7 @@ class Wants(NamedTuple):
         return self.counts or (len(self.sums) == 1 and not self.maps)
 
 
-def sigmoid_statistics(batch: Batch, wants: Wants) -> tuple[Tensor, ...]:
+def sigmoid_statistics(batch: Batch, wants: SigmoidWants) -> tuple[Tensor, ...]:
     """Compute statistics that autograd can differentiate.
 
     Returns:
@@ -283,7 +285,7 @@ def sigmoid_statistics(batch: Batch, wants: Wants) -> tuple[Tensor, ...]:
 
 
 def plain(
-    logits: Tensor, target: Tensor, weight: Tensor | None, wants: Wants
+    logits: Tensor, target: Tensor, weight: Tensor | None, wants: SigmoidWants
 ) -> tuple[Tensor, ...]:
     """The statistics as they are defined: for compilers, and for gradients of gradients."""
     x = logits.to(compute_dtype(logits.dtype))
@@ -331,7 +333,7 @@ class _Sigmoid(torch.autograd.Function):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        wants: Wants,
+        wants: SigmoidWants,
         keep: bool,
     ) -> tuple[Tensor | None, ...]:
         images, classes, _ = logits.shape
@@ -391,7 +393,7 @@ class _Sigmoid(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return None, *nothing
         logits, target, weight = ctx.saved_tensors
-        wants: Wants = ctx.wants
+        wants: SigmoidWants = ctx.wants
         # What was kept is written over, so that another backward computes it again.
         kept, ctx.kept = ctx.kept, ()
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
@@ -442,7 +444,7 @@ class _Block:
 
     Attributes:
         raw: logits ``(b, C, n)`` in the dtype of the computation.
-        ignored: where they are, ``(b, 1 or C, n)``; None where they nowhere are.
+        ignored: mask of ignored entries, ``(b, 1 or C, n)``; None if there are none.
         w: weight, of the same shape; None where all that is not ignored counts alike.
         y: dense targets ``(b, C, n)``, bools or numbers, 0 where they are ignored; else None.
         index: class indices ``(b, 1, n)``, valid ones everywhere; else None.
@@ -536,7 +538,7 @@ class _Block:
             return images, self.labels[images, 0, places], places
         # As integers of the same bits, and in the order of memory, they are found much faster.
         bits = self.y.view(torch.int64 if self.y.dtype == torch.float64 else torch.int32)
-        # The sum takes less time than to count, which is in vain where they are not few.
+        # The sum is cheaper than the count, so it rules out dense targets first.
         if any(count() * FEW >= bits.numel() for count in (self.y.sum, bits.count_nonzero)):
             return None
         order = (0, 2, 1) if bits.stride(1) < bits.stride(2) else (0, 1, 2)
@@ -560,12 +562,12 @@ class _Block:
         u = torch.where(y, -x, x) if y.dtype == torch.bool else x * torch.rsub(y, 1, alpha=2)
         return u if self.ignored is None else u.masked_fill_(self.ignored, -math.inf)
 
-    def by_wrong(self, wants: Wants) -> bool:
+    def by_wrong(self, wants: SigmoidWants) -> bool:
         """Whether counts are taken of the probabilities of wrong answers, as formulas are."""
         formulas = any(isinstance(formula, Symmetric) for formula in wants.sums)
         return formulas and not wants.squares and self.hard
 
-    def count(self, p: Tensor, counts: Tensor, wants: Wants) -> None:
+    def count(self, p: Tensor, counts: Tensor, wants: SigmoidWants) -> None:
         """Write the counts ``(4 or 5, b, C)``, and probabilities, of the positive or, where
         :meth:`by_wrong` says so, of the wrong answers, 0 where they are ignored.
         """

@@ -33,7 +33,7 @@ LEAST = -60.0
 """The floor of log likelihoods, where a gradient is divided by the likelihood."""
 
 
-class Wants(NamedTuple):
+class SoftmaxWants(NamedTuple):
     """What to compute: the maps, the counts, and among these the sums of squares."""
 
     nll: bool = False
@@ -62,7 +62,7 @@ def softmax_statistics(
     target: Tensor,
     weight: Tensor | None,
     class_weights: Tensor | None,
-    wants: Wants,
+    wants: SoftmaxWants,
 ) -> SoftmaxStatistics:
     """Compute statistics that autograd can differentiate.
 
@@ -86,7 +86,7 @@ def plain(
     target: Tensor,
     weight: Tensor | None,
     class_weights: Tensor | None,
-    wants: Wants,
+    wants: SoftmaxWants,
 ) -> SoftmaxStatistics:
     """The statistics as they are defined: for compilers, and for gradients of gradients."""
     x = logits.to(compute_dtype(logits.dtype))
@@ -151,7 +151,7 @@ class _Softmax(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         class_weights: Tensor | None,
-        wants: Wants,
+        wants: SoftmaxWants,
         keep: bool,
     ) -> tuple[Tensor | None, ...]:
         images, classes, places = logits.shape

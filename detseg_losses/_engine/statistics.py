@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from detseg_losses._core.batch import Batch
-from detseg_losses._engine import sigmoid
-from detseg_losses._engine.sigmoid import Formula, sigmoid_statistics
-from detseg_losses._engine.softmax import Wants, softmax_statistics, sums_by_label
+from detseg_losses._engine.sigmoid import Formula, SigmoidWants, sigmoid_statistics
+from detseg_losses._engine.softmax import SoftmaxWants, softmax_statistics, sums_by_label
 
 Need = Literal["regions", "squares", "nll", "smooth"] | Formula
 """What a loss asks of a batch: region counts, one of the maps, or the sums of a formula."""
@@ -73,7 +72,7 @@ def measure(
         )
     counts &= batch.mode != "multiclass"
     if formulas or counts:
-        found = sigmoid_statistics(batch, sigmoid.Wants(formulas, (), counts, squares))
+        found = sigmoid_statistics(batch, SigmoidWants(formulas, (), counts, squares))
         result.sums = dict(zip(formulas, found, strict=False))
         if counts:
             result.counts = found[-1]
@@ -84,7 +83,7 @@ def measure(
 
 def _measure_softmax(result: Statistics, needs: Sequence[Need], weights: Tensor | None) -> None:
     batch = result.batch
-    wants = Wants("nll" in needs, "smooth" in needs, "regions" in needs, "squares" in needs)
+    wants = SoftmaxWants("nll" in needs, "smooth" in needs, "regions" in needs, "squares" in needs)
     if not any(wants):
         return
     found = softmax_statistics(batch.logits, batch.target, batch.weight, weights, wants)

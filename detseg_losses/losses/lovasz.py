@@ -19,7 +19,7 @@ from detseg_losses._core.checks import checked
 from detseg_losses._core.distribution import gather
 from detseg_losses._core.module import Loss, options_of, register
 from detseg_losses._core.reduction import divide
-from detseg_losses._engine.sigmoid import Formula, Label, Wants, sigmoid_statistics
+from detseg_losses._engine.sigmoid import Formula, Label, SigmoidWants, sigmoid_statistics
 from detseg_losses._engine.statistics import measure, weighted_counts
 from detseg_losses.losses.regions import RegionOptions, Regions, _region_loss, region_batch
 
@@ -67,7 +67,7 @@ def lovasz_loss(
     else:
         s = measure(batch, ["regions"])
         weighted = replace(batch, target=-factor * sign)
-        (loss,) = sigmoid_statistics(weighted, Wants(sums=(Hinge(),)))
+        (loss,) = sigmoid_statistics(weighted, SigmoidWants(sums=(Hinge(),)))
     r = Regions(s, **options)
     return r.reduce(r.pool(loss))
 

@@ -25,8 +25,8 @@ from detseg_losses._core.reduction import as_weights, divide, mean_of_sums
 from detseg_losses._engine.sigmoid import (
     Formula,
     Label,
+    SigmoidWants,
     Symmetric,
-    Wants,
     column,
     cross_entropy,
     error,
@@ -419,6 +419,7 @@ class Focal(Symmetric):
         return values * mix(column(negative), column(positive), y, like=values)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        # f = p^g softplus(u), f' = g (1 - p) f + p p^g: from g f to p^g on the way p.
         p = u.sigmoid()
         factor = p.square() if self.gamma == 2 else power(p, self.gamma)
         value = factor * log_1p_exp(u)
@@ -517,7 +518,7 @@ class Harmonised(Formula):
             kept = None if batch.weight is None else w != 0
             target = tile.of(batch.target)
             part = replace(batch, logits=x, target=target, weight=kept, scale=None)
-            (found,) = sigmoid_statistics(part, Wants(maps=(Bin(self.bins),)))
+            (found,) = sigmoid_statistics(part, SigmoidWants(maps=(Bin(self.bins),)))
             each = counts.new_zeros(*x.shape[:2], self.bins)
             each = each.scatter_add(2, index_of(found, self.bins), w.to(counts).expand_as(x))
             counts = counts + each.sum((0, 1))
@@ -588,13 +589,13 @@ def _sigmoid_loss(
         )
     if reduction == "none":
         return _map(formula, batch, class_weights)
-    wants = Wants(sums=(formula,), per_class=class_weights is not None)
+    wants = SigmoidWants(sums=(formula,), per_class=class_weights is not None)
     (sums,) = sigmoid_statistics(batch, wants)
     return _reduce(sums, batch, class_weights, reduction, per_image, sync)
 
 
 def _map(formula: Formula, batch: Batch, class_weights: Any) -> Tensor:
-    (values,) = sigmoid_statistics(batch, Wants(maps=(formula,)))
+    (values,) = sigmoid_statistics(batch, SigmoidWants(maps=(formula,)))
     return batch.entries(values * column(_each(batch, class_weights)))
 
 
