@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from detseg_losses._core.blocks import WHOLE, Block, compute_dtype, lazy
+from detseg_losses._core.blocks import compute_dtype
 from detseg_losses._core.checks import Mode as Mode
 from detseg_losses._core.checks import (
     check_choice,
@@ -82,6 +82,16 @@ class Batch:
             masks = self.labels().unsqueeze(1) == classes.unsqueeze(1)
         return masks if self.weight is None else masks & (self.weight != 0)
 
+    def guarded(self) -> Tensor:
+        """Logits in the dtype of the computation, 0 where ignored: there they may be infinite."""
+        x = self.logits.to(self.dtype)
+        # masked_fill would lose the order of memory.
+        return x if self.weight is None else torch.where(self.weight == 0, 0, x)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values times the weight."""
+        return values if self.weight is None else values * self.weight.to(self.dtype)
+
     def spatial(self, values: Tensor) -> Tensor:
         """Values ``(B, C or 1, P)`` with the dimensions of the image, ``(B, C or 1, *)``."""
         stated = self.shape[1] == self.logits.shape[1]  # else one class without a dimension
@@ -111,56 +121,6 @@ class Batch:
                 "classes; pass one number for each"
             )
         return weights
-
-
-class Part:
-    """One block of a batch, safe to compute with.
-
-    Attributes:
-        raw: logits ``(b, C, n)`` in the dtype of the computation.
-        x: the same with 0 where they are left out, as far as that matters.
-        w: weight, ``(b, 1, n)`` or ``(b, C, n)``; None where everything counts.
-        left_out: where it is 0; None where it nowhere is.
-        y: a dense target ``(b, C, n)``, else None.
-        labels: class indices ``(b, n)``; what is left out has ``no_label``.
-    """
-
-    no_label: ClassVar[int] = 0
-
-    def __init__(self, tile: Block, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
-        self.tile, self.logits = tile, logits
-        self.dtype = compute_dtype(logits.dtype)
-        self.w = self.left_out = None
-        if weight is not None:
-            w = tile.of(weight)
-            left_out = w == 0
-            if tile is WHOLE or left_out.any():
-                self.left_out = left_out
-            if self.left_out is not None or w.dtype != torch.bool:
-                self.w = w.to(self.dtype)
-        y = tile.of(target)
-        self.y = y.to(self.dtype) if target.dim() == 3 else None
-        if self.y is None:
-            self.labels = _labels(y, self.left_out, self.no_label)
-
-    @lazy
-    def raw(self) -> Tensor:
-        return self.tile.of(self.logits).to(self.dtype)
-
-    @lazy
-    def x(self) -> Tensor:
-        # Where it is left out it may even be infinite. And masked_fill loses the order of memory.
-        return self.raw if self.left_out is None else torch.where(self.left_out, 0, self.raw)
-
-    def weighted(self, values: Tensor) -> Tensor:
-        """Values times the weight."""
-        return values if self.w is None else values * self.w
-
-    def counted(self, values: Tensor) -> Tensor:
-        """Values ``(b, n)`` or ``(b, 1, n)`` with 0 where they are left out."""
-        if self.left_out is None:
-            return values
-        return values.masked_fill(self.left_out.view(values.shape), 0)
 
 
 def _labels(target: Tensor, left_out: Tensor | None, instead: int) -> Tensor:

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from detseg_losses._core.batch import Part
-from detseg_losses._core.blocks import WHOLE
 from detseg_losses._core.checks import checked
 from detseg_losses._core.module import Loss, options_of, register
 from detseg_losses._core.reduction import divide
@@ -60,16 +58,13 @@ def cldice_loss(
     """
     batch = region_batch(logits, target, options)
     batch.target = batch.masks()
-    part = Part(WHOLE, batch.logits, batch.target, batch.weight)
-    assert part.y is not None
-    p = part.x.softmax(1) if batch.mode == "multiclass" else part.x.sigmoid()
-    p = p if part.left_out is None else p.masked_fill(part.left_out, 0)
-    ours, theirs = (
-        skeleton(batch.spatial(mask), iterations).reshape(p.shape) for mask in (p, part.y)
-    )
-    sums = (ours * part.y, ours, theirs * p, theirs)
+    x, y = batch.guarded(), batch.target.to(batch.dtype)
+    p = x.softmax(1) if batch.mode == "multiclass" else x.sigmoid()
+    p = p if batch.weight is None else p.masked_fill(batch.weight == 0, 0)
+    ours, theirs = (skeleton(batch.spatial(mask), iterations).reshape(p.shape) for mask in (p, y))
+    sums = (ours * y, ours, theirs * p, theirs)
     r = Regions(measure(batch, ["regions"]), **options)
-    counts = torch.stack([part.weighted(values).sum(-1) for values in sums])
+    counts = torch.stack([batch.weighted(values).sum(-1) for values in sums])
     both, found, hit, true = r.pool(counts) + smooth
     precision, recall = divide(both, found), divide(hit, true)
     return r.reduce(1 - divide(2 * precision * recall, precision + recall))

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from detseg_losses._core.batch import Batch, Part
-from detseg_losses._core.blocks import WHOLE
+from detseg_losses._core.batch import Batch
 from detseg_losses._core.checks import checked
 from detseg_losses._core.distribution import gather
 from detseg_losses._core.module import Loss, options_of, register
@@ -84,14 +83,9 @@ class Hinge(Formula):
 @torch.no_grad()
 def _factors(batch: Batch, per_image: bool, sync: bool) -> Tensor:
     """What a weighted pixel's error is multiplied with, ``(B, C, P)``."""
-    part = Part(WHOLE, batch.logits.detach(), batch.target, batch.weight)
-    assert part.y is not None
-    if batch.mode == "multiclass":
-        errors = (part.y - part.x.softmax(1)).abs()
-    else:
-        errors = 1 - part.x * (2 * part.y - 1)
-    hits = part.weighted(part.y)
-    misses = part.weighted(1 - part.y)
+    x, y = batch.guarded(), batch.target.to(batch.dtype)
+    errors = (y - x.softmax(1)).abs() if batch.mode == "multiclass" else 1 - x * (2 * y - 1)
+    hits, misses = batch.weighted(y), batch.weighted(1 - y)
     if per_image:
         return jaccard_slopes(errors, hits, misses)
     images, _, places = errors.shape
