@@ -436,10 +436,12 @@ def _write_voc(root: Path, photo: Image.Image) -> None:
 
 
 def contents(place: Path) -> dict[str, tuple[int, int]]:
-    # A disk may be full after the first of two files of a result.
+    # A disk may be full after the first of two files of a result, which changes its folder's time.
     found = (f for f in place.rglob("*") if f.name != "per_image.npz")
-    files = ((str(f.relative_to(place)), f.lstat()) for f in found)
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files}
+    files = ((str(f.relative_to(place)), f.lstat(), f.is_dir()) for f in found)
+    return {
+        name: (0, 0) if folder else (stat.st_size, stat.st_mtime_ns) for name, stat, folder in files
+    }
 
 
 def run(tool: str, options: Iterable[str], place: Path) -> object:
