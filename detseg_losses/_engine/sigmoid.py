@@ -105,13 +105,11 @@ def mix(negative: Any, positive: Any, y: Label, like: Tensor) -> Any:
     """``(1 - y) * negative + y * positive``, of the dtype of another tensor."""
     if not isinstance(y, Tensor):
         return positive if y else negative
-    if y.dtype == torch.bool:
-        if not isinstance(negative, Tensor):
-            negative, positive = like.new_full((), negative), like.new_full((), positive)
-        return torch.where(y, positive, negative)
     if isinstance(negative, Tensor):
-        return torch.lerp(negative, positive, y)
-    return torch.rsub(y, negative, alpha=negative - positive)
+        if y.dtype == torch.bool:
+            return torch.where(y, positive, negative)
+        return lerp(negative, positive, y)
+    return torch.add(like.new_full((), negative), y, alpha=positive - negative)
 
 
 def power(base: Tensor, exponent: float) -> Tensor:
@@ -351,33 +349,33 @@ class _Sigmoid(torch.autograd.Function):
             kept = (_new(logits),)
 
         def compute(tile: Block) -> tuple[Tensor, ...]:
-            own: tuple[Tensor, ...] = ()
+            """Write the results of a block; return what is kept."""
             block = _Block(tile, logits, target, weight)
             for index, formula in enumerate(wants.maps):
                 evaluation = block.evaluation(formula)
                 whole_map = evaluation.map(evaluation.values())
                 maps[index] = tile.store(whole_map, maps[index], logits, dtype)
-            for formula, out in zip(wants.sums, sums[:, tile.part, tile.rows], strict=True):
+            outs = sums[:, tile.part, tile.rows]
+            if keep and not wants.counts:  # of a single formula
+                evaluation = block.evaluation(wants.sums[0])
+                values, own = evaluation.forward()
+                evaluation.add_up(values, outs[0])
+                if not cut:
+                    return own
+                slopes = evaluation.gradient(own, logits.new_ones(1, 1, 1))
+                tile.of(kept[0]).copy_(slopes)
+                return kept
+            for formula, out in zip(wants.sums, outs, strict=True):
                 evaluation = block.evaluation(formula)
-                if keep and not wants.counts:
-                    values, own = evaluation.forward()
-                else:
-                    values = evaluation.values()
-                evaluation.add_up(values, out)
+                evaluation.add_up(evaluation.values(), out)
             if wants.counts:
                 place = tile.of(kept[0]) if keep else torch.empty_like(block.raw)
                 block.count(place, counts[:, tile.part, tile.rows], wants)
                 by_wrong.append(block.by_wrong(wants))
-            elif keep and cut:
-                slopes = evaluation.gradient(own, logits.new_ones(1, 1, 1))
-                tile.of(kept[0]).copy_(slopes)
-            return own
+            return kept
 
-        own: tuple[Tensor, ...] = ()
         for tile in tiles:
-            own = compute(tile)  # whose temporaries are free when the next one asks for memory
-        if keep and not kept:
-            kept = own
+            kept = compute(tile)  # whose temporaries are free when the next one asks for memory
         results = [each.sum(0) if parts > 1 else each.squeeze(0) for each in sums]
         if wants.counts:
             maps.append(counts.sum(1) if parts > 1 else counts.squeeze(1))
@@ -508,15 +506,11 @@ class _Block:
         return values.expand(self.raw.shape).gather(1, self.index)
 
     def choose(self, negative: Any, positive: Any) -> Any:
-        """One of two numbers, or of two tensors, for each entry of hard dense targets."""
+        """:func:`mix` by the dense targets; one number where the two are equal."""
         assert self.y is not None
-        if isinstance(negative, Tensor):
-            if self.y.dtype == torch.bool:
-                return torch.where(self.y, positive, negative)
-            return lerp(negative, positive, self.y)
-        if negative == positive:
+        if not isinstance(negative, Tensor) and negative == positive:
             return negative
-        return torch.add(self.raw.new_full((), negative), self.y, alpha=positive - negative)
+        return mix(negative, positive, self.y, self.raw)
 
     @lazy
     def hard(self) -> bool:
@@ -557,9 +551,8 @@ class _Block:
     @lazy
     def wrong(self) -> Tensor:
         """The logits of wrong answers of hard dense targets, minus infinity where ignored."""
-        x, y = self.raw, self.y
-        assert y is not None
-        u = torch.where(y, -x, x) if y.dtype == torch.bool else x * torch.rsub(y, 1, alpha=2)
+        assert self.y is not None
+        u = wrong(self.raw, self.y)
         return u if self.ignored is None else u.masked_fill_(self.ignored, -math.inf)
 
     def by_wrong(self, wants: SigmoidWants) -> bool:

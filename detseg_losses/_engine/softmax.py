@@ -166,8 +166,8 @@ class _Softmax(torch.autograd.Function):
         counts = logits.new_empty(rows, tiles[-1].part + 1, images, classes, dtype=dtype)
         for tile in tiles:
             _Block(tile, logits, target, weight, class_weights, p).forward(
-                None if nll is None else tile.of(nll),
-                None if smooth is None else tile.of(smooth),
+                _part(tile, nll),
+                _part(tile, smooth),
                 counts[:, tile.part, tile.rows] if rows else None,
             )
         ctx.save_for_backward(logits, target, weight, class_weights)
@@ -199,13 +199,17 @@ class _Softmax(torch.autograd.Function):
                 block.forward(None, None, None, floor=ctx.wants.nll and ctx.wants.counts)
             nll, smooth, counts = grads
             block.backward(
-                None if nll is None else tile.of(nll),
-                None if smooth is None else tile.of(smooth),
+                _part(tile, nll),
+                _part(tile, smooth),
                 None if counts is None else counts[:, tile.rows],
             )
             if not in_place:
                 tile.of(result).copy_(block.p)
         return result, *nothing
+
+
+def _part(tile: Block, values: Tensor | None) -> Tensor | None:
+    return None if values is None else tile.of(values)
 
 
 def _of_parts(counts: Tensor) -> Tensor:

@@ -596,7 +596,8 @@ def _sigmoid_loss(
 
 def _map(formula: Formula, batch: Batch, class_weights: Any) -> Tensor:
     (values,) = sigmoid_statistics(batch, SigmoidWants(maps=(formula,)))
-    return batch.entries(values * column(_each(batch, class_weights)))
+    weights = batch.per_class(class_weights)
+    return batch.entries(values if weights is None else values * column(weights))
 
 
 def _reduce(
@@ -611,10 +612,6 @@ def _reduce(
     counts = batch.valid() if weights is None else batch.valid() * weights
     counts = counts.sum(-1)
     return mean_of_sums(sums.sum(-1), counts, per_image=per_image, sync=sync)
-
-
-def _each(batch: Batch, class_weights: Any) -> Any:
-    return 1.0 if class_weights is None else batch.per_class(class_weights)
 
 
 class SigmoidLoss(FormulaLoss):
