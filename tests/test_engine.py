@@ -620,7 +620,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_name(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "metrics"])
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "metrics.csv"])
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(
     name: str, small: list[str], copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

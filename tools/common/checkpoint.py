@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from common.errors import UsageError, writing
+from common.files import replacing
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +39,12 @@ def save_checkpoint(file: Path, content: dict[str, Any]) -> None:
     Raises:
         UsageError: if it cannot be written, as on a full disk; the old file is kept.
     """
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    try:
-        with writing(file):
-            with unfinished.open("wb") as stream:
-                _serialize(content, stream)
-                stream.flush()
-                os.fsync(stream.fileno())  # or a power cut could leave an empty file by this name
-            os.replace(unfinished, file)
-            _sync_folder(file.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(file):
+        with replacing(file) as stream:
+            _serialize(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())  # or a power cut could leave an empty file by this name
+        _sync_folder(file.parent)
 
 
 def _serialize(content: dict[str, Any], stream: Any) -> None:

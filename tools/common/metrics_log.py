@@ -8,6 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from common.files import replacing
+
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -69,15 +71,10 @@ class MetricsLog:
     def _write_all(self) -> None:
         """Write a new file, put in place when it is whole."""
         self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        unfinished = self.file.with_suffix(".unfinished")
-        try:
-            with unfinished.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, self.columns)
-                writer.writeheader()
-                writer.writerows(self.rows)
-            os.replace(unfinished, self.file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(self.file, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, float]], bool]:

@@ -7,13 +7,13 @@ It has no predictions and no pictures: some 20 bytes for a detection, before com
 
 from __future__ import annotations
 
-import os
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError
+from common.files import replacing
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,13 +70,8 @@ def write_per_image(folder: Path, found: PerImage) -> None:
             flags = arrays[name]
             rows = flags.reshape(len(flags), flags.shape[1] * flags.shape[2])
             arrays[name] = np.packbits(rows, axis=1)
-    unfinished = folder / f"{NAME}.unfinished"
-    try:
-        with unfinished.open("wb") as stream:
-            np.savez_compressed(stream, **arrays)
-        os.replace(unfinished, folder / NAME)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(folder / NAME) as stream:
+        np.savez_compressed(stream, **arrays)
 
 
 def read_per_image(folder: Path) -> PerImage:
