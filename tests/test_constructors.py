@@ -26,6 +26,7 @@ from detseg_losses import (
 )
 from detseg_losses._core.checks import OF_A_CALL
 from detseg_losses._core.options import parameters, unpacked
+from typed import check_types
 
 CALLS = """
 from typing import assert_type
@@ -53,19 +54,8 @@ assert_type(build_loss("dice"), LossSum)
 
 
 def test_type_checkers_know_the_options(tmp_path: Path) -> None:
-    """mypy finds the lines that are wrong, and no others. Of torch it takes no notice."""
-    api = pytest.importorskip("mypy.api")
-    (tmp_path / "calls.py").write_text(CALLS)
-    config = tmp_path / "mypy.ini"
-    config.write_text(
-        f"[mypy]\nmypy_path = {Path(detseg_losses.__file__).parents[1]}\nfollow_imports = silent\n"
-        f"cache_dir = {tmp_path / 'cache'}\nstrict = true\n[mypy-torch.*]\nfollow_imports = skip\n"
-    )
-    found, problem, _ = api.run(["--config-file", str(config), str(tmp_path / "calls.py")])
-    assert not problem
-    errors = {int(line.split("calls.py:")[1].split(":")[0]) for line in found.splitlines()[:-1]}
-    lines = CALLS.splitlines()
-    assert errors == {n for n, line in enumerate(lines, 1) if line.endswith("# wrong")}, found
+    """mypy finds the lines that are wrong, and no others."""
+    check_types(CALLS, tmp_path, Path(detseg_losses.__file__).parents[1], "strict = true")
 
 
 @pytest.mark.parametrize("name", LOSSES)

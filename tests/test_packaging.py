@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from detseg_losses import _scripts
+from typed import check_types
 
 ROOT = Path(__file__).parent.parent
 STUBS = ROOT / "detseg_losses" / "integrations"
@@ -66,18 +67,7 @@ def test_python_finds_the_integrations_of_a_clone(clone: Path, tmp_path: Path) -
 
 def test_mypy_finds_the_integrations_of_a_clone(clone: Path, tmp_path: Path) -> None:
     """With their types: it reports the lines that are wrong, and no others."""
-    api = pytest.importorskip("mypy.api")
-    (tmp_path / "uses.py").write_text(USES)
-    config = tmp_path / "mypy.ini"
-    config.write_text(
-        f"[mypy]\nmypy_path = {clone}\nfollow_imports = silent\nignore_missing_imports = true\n"
-        f"cache_dir = {tmp_path / 'cache'}\n[mypy-torch.*]\nfollow_imports = skip\n"
-    )
-    found, problem, _ = api.run(["--config-file", str(config), str(tmp_path / "uses.py")])
-    assert not problem
-    errors = {int(line.split("uses.py:")[1].split(":")[0]) for line in found.splitlines()[:-1]}
-    lines = USES.splitlines()
-    assert errors == {n for n, line in enumerate(lines, 1) if line.endswith("# wrong")}, found
+    check_types(USES, tmp_path, clone, "ignore_missing_imports = true")
 
 
 def test_each_module_has_its_stub() -> None:
