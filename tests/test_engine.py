@@ -831,6 +831,9 @@ def test_devices_and_seeds_that_do_not_exist_are_one_line(
     ("variables", "words"),
     [
         ({"SLURM_NTASKS": "2"}, "srun"),
+        ({"SLURM_NTASKS": "x"}, "SLURM_NTASKS in the environment is 'x'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE in the environment is ''"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE in the environment"),
         ({"SLURM_NTASKS": "3", "SLURM_NNODES": "2"}, "ntasks-per-node"),
     ],
 )

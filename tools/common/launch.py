@@ -107,26 +107,38 @@ def _processes(
     would be one device for each, and runs that know nothing of each other.
     """
     if "WORLD_SIZE" in os.environ:
-        world_size = int(os.environ["WORLD_SIZE"])
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        world_size = _number("WORLD_SIZE")
+        devices = _number("LOCAL_WORLD_SIZE", world_size)
         environment = (
             None if torch.distributed.is_torchelastic_launched() else LightningEnvironment()
         )
         return devices, world_size // devices, environment
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and SLURMEnvironment.detect():
+    if _number("SLURM_NTASKS") > 1 and SLURMEnvironment.detect():
         return _slurm()
     # In an allocation of SLURM of a single task the processes are our own.
     return wanted, 1, LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
 
 
+def _number(variable: str, default: int = 1) -> int:
+    """A number of processes or nodes in the environment.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    text = os.environ.get(variable, str(default))
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise UsageError(f"{variable} in the environment is {text!r}, not a number of 1 or more")
+    return int(text)
+
+
 def _slurm() -> tuple[int, int, ClusterEnvironment]:
-    tasks = int(os.environ["SLURM_NTASKS"])
+    tasks = _number("SLURM_NTASKS")
     if not {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"} <= os.environ.keys():
         raise UsageError(
             f"SLURM has allocated {tasks} tasks, but this process is none of them: start it with "
             "srun or torchrun, or with SLURM_NTASKS=1 for a single process"
         )
-    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    nodes = _number("SLURM_NNODES")
     each, rest = divmod(tasks, nodes)
     if rest:
         raise UsageError(f"SLURM has {tasks} tasks on {nodes} nodes: use --ntasks-per-node")
